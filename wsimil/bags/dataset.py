@@ -1,0 +1,153 @@
+"""A cohort of bags: found in a folder, of one encoder, loaded as packed tensors.
+
+- All bags must come from the same encoder and scale; two that differ are an error that names them.
+- Bags are kept in memory up to a limit and read from their files beyond it: results are the same.
+- Rows that are not valid never reach a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from wsimil.bags.bag import Bag, BagHeader, read_bag, read_header
+from wsimil.batch import BagBatch
+from wsimil.errors import BagFormatError, EncoderMismatchError, UsageError
+
+__all__ = ["BagFolder", "find_features_folder"]
+
+
+def find_features_folder(folder: str | Path) -> Path:
+    """The folder of bags: `folder` itself if it holds `.h5` bags, else the one `features_*` folder below it.
+
+    Raises:
+        UsageError: none, or several.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder of bags")
+    if folder.name.startswith("features_") or (any(folder.glob("*.h5")) and not any(folder.glob("*/features_*"))):
+        return folder
+    found = sorted(path for path in [*folder.glob("features_*"), *folder.glob("*/features_*")] if path.is_dir())
+    if not found:
+        raise UsageError(f"{folder}: no features_* folder in it; `wsimil extract` makes one")
+    if len(found) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found)
+        raise UsageError(f"{folder}: several folders of bags ({names}); give one of them")
+    return found[0]
+
+
+class BagFolder:
+    """The bags of one features folder, by slide id.
+
+    Args:
+        folder: a job folder or a `features_*` folder.
+        cache_bytes: bags kept in memory, at most.
+
+    Raises:
+        UsageError: no bag in the folder.
+        BagFormatError: a bag that is damaged.
+        EncoderMismatchError: bags of different encoders.
+    """
+
+    def __init__(self, folder: str | Path, *, cache_bytes: int = 4 << 30) -> None:
+        self.folder = find_features_folder(folder)
+        headers = [read_header(path) for path in sorted(self.folder.glob("*.h5")) if not path.name.startswith(".")]
+        if not headers:
+            raise UsageError(f"{self.folder}: no bag (*.h5) in it")
+        _check_same_encoder(headers)
+        self.headers: dict[str, BagHeader] = {header.slide_id: header for header in headers}
+        if len(self.headers) < len(headers):
+            raise BagFormatError(f"{self.folder}: two bags state the same slide_id")
+        self._cache: dict[str, Bag] = {}
+        self._cache_left = cache_bytes
+
+    @property
+    def slide_ids(self) -> list[str]:
+        """Every slide that has a bag, empty ones too."""
+        return sorted(self.headers)
+
+    @property
+    def filled(self) -> list[str]:
+        """Slides with at least one usable tile."""
+        return [slide_id for slide_id in self.slide_ids if self.n_valid(slide_id) > 0]
+
+    @property
+    def dim(self) -> int:
+        return next(iter(self.headers.values())).dim
+
+    @property
+    def encoder(self) -> tuple[str, str]:
+        return next(iter(self.headers.values())).encoder
+
+    def n_valid(self, slide_id: str) -> int:
+        header = self.headers[slide_id]
+        return header.n_tiles - int(header.attributes.get("n_invalid", 0))
+
+    def fingerprint(self, slide_id: str) -> str:
+        """What the bag was made of: changes when the slide or the recipe does."""
+        attributes = self.headers[slide_id].attributes
+        return f"{attributes.get('slide_fingerprint', '')}:{attributes.get('recipe_hash', '')}:{self.headers[slide_id].n_tiles}"
+
+    def read(self, slide_id: str) -> Bag:
+        """The bag as stored."""
+        if slide_id in self._cache:
+            return self._cache[slide_id]
+        bag = read_bag(self.headers[slide_id].path)
+        size = bag.features.nbytes + bag.coords_level0_px.nbytes
+        if size <= self._cache_left:
+            self._cache_left -= size
+            self._cache[slide_id] = bag
+        return bag
+
+    def load(self, slide_id: str) -> BagBatch:
+        """The valid tiles of a slide as a batch of one bag; features in float32, positions where the scale is known."""
+        bag = self.read(slide_id)
+        keep = bag.valid
+        features = bag.features[keep] if not keep.all() else bag.features
+        mpp, tile_level0_px = bag.attributes.get("mpp"), bag.attributes.get("tile_level0_px")
+        coords_um = tile_um = None
+        if mpp and tile_level0_px:
+            centre = (bag.coords_level0_px[keep] + float(tile_level0_px) / 2) * float(mpp)
+            coords_um = torch.from_numpy(centre.astype(np.float32))
+            tile_um = torch.tensor([float(tile_level0_px) * float(mpp)])
+        return BagBatch(
+            features=torch.from_numpy(np.asarray(features, dtype=np.float32)),
+            offsets=torch.tensor([0, len(features)]),
+            coords_um=coords_um,
+            tile_um=tile_um,
+            slide_ids=(slide_id,),
+        )
+
+    def moments(self, slide_ids: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation (D,) of the features over all tiles of these slides, each slide weighing the same."""
+        count, mean, square = 0, np.zeros(self.dim), np.zeros(self.dim)
+        for slide_id in slide_ids:
+            features = self.load(slide_id).features.numpy().astype(np.float64)
+            count += 1
+            mean += features.mean(0)
+            square += (features**2).mean(0)
+        mean, square = mean / max(1, count), square / max(1, count)
+        deviation = np.sqrt(np.maximum(square - mean**2, 0))
+        # a feature that never varies carries nothing: leave it at zero instead of blowing up its noise
+        deviation[deviation < 1e-6 * (1 + np.abs(mean))] = np.inf
+        return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(deviation.astype(np.float32))
+
+
+def _check_same_encoder(headers: list[BagHeader]) -> None:
+    first = headers[0]
+    for header in headers[1:]:
+        if header.encoder != first.encoder or header.dim != first.dim:
+            raise EncoderMismatchError(
+                f"{first.slide_id} was made by {first.encoder[0]} ({first.dim} wide, {first.encoder[1][:8]}), "
+                f"{header.slide_id} by {header.encoder[0]} ({header.dim} wide, {header.encoder[1][:8]}); "
+                "extract all slides with one encoder"
+            )
+        scales = [float(item.attributes.get("effective_mpp", 0)) for item in (first, header)]
+        if all(scales) and abs(scales[0] / scales[1] - 1) > 0.02:
+            raise EncoderMismatchError(
+                f"{first.slide_id} is seen at {scales[0]:.3g} µm/px, {header.slide_id} at {scales[1]:.3g}; extract all at one --mpp"
+            )

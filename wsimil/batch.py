@@ -1,0 +1,225 @@
+"""What passes between bags, aggregators and objectives: packed bags in, one output record out.
+
+- Bags of a batch lie one after the other, `offsets` says where each begins: no padding, so no padding can be forgotten.
+- An aggregator sees bags and never a label; what needs a label is an objective.
+- Protocols at the end say what an objective may ask of a model, so that objectives import no model.
+
+Letters for shapes: wsimil/units.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from wsimil.errors import AggregatorInputError
+
+__all__ = [
+    "Aggregator",
+    "BagBatch",
+    "BagOutput",
+    "EncodesTokens",
+    "ExtraLogits",
+    "LabelledBags",
+    "Objective",
+    "pack",
+]
+
+
+@dataclass(frozen=True)
+class BagBatch:
+    """B bags, packed. Every bag holds at least one instance: `checked` makes sure."""
+
+    features: Tensor  # (ΣN, D)
+    offsets: Tensor  # (B + 1,) int64, on the device of the features
+    coords_um: Tensor | None = None  # (ΣN, 2) centre of each tile on the slide, µm
+    tile_um: Tensor | None = None  # (B,) side of a tile, µm
+    slide_ids: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def sizes(self) -> Tensor:
+        """(B,) instances in each bag."""
+        return self.offsets.diff()
+
+    @property
+    def bag_index(self) -> Tensor:
+        """(ΣN,) the bag each instance belongs to."""
+        bags = torch.arange(len(self), device=self.offsets.device)
+        return torch.repeat_interleave(bags, self.sizes, output_size=len(self.features))
+
+    def checked(self) -> BagBatch:
+        """Itself, if aggregators can use it; an `AggregatorInputError` that names the bag otherwise."""
+        if self.features.ndim != 2:
+            raise AggregatorInputError(f"features have shape {tuple(self.features.shape)}; expected (ΣN, D)")
+        if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != len(self.features):
+            raise AggregatorInputError(
+                f"offsets run from {int(self.offsets[0])} to {int(self.offsets[-1])}; "
+                f"expected 0 to {len(self.features)}, the number of instances"
+            )
+        smallest = self.sizes.min() if len(self) else torch.tensor(1)
+        if int(smallest) < 1:
+            bag = int(self.sizes.argmin())
+            name = self.slide_ids[bag] if self.slide_ids else f"bag {bag}"
+            raise AggregatorInputError(f"{name}: the bag is empty; leave slides without tiles out of the batch")
+        return self
+
+    def bag(self, index: int) -> BagBatch:
+        """One bag as a batch of its own."""
+        rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return BagBatch(
+            features=self.features[rows],
+            offsets=self.offsets.new_tensor([0, rows.stop - rows.start]),
+            coords_um=None if self.coords_um is None else self.coords_um[rows],
+            tile_um=None if self.tile_um is None else self.tile_um[index : index + 1],
+            slide_ids=self.slide_ids[index : index + 1],
+        )
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BagBatch:
+        """Move to a device; `dtype` is that of the features (coordinates stay float32 or finer)."""
+        return replace(
+            self,
+            features=self.features.to(device, dtype),
+            offsets=self.offsets.to(device),
+            coords_um=None if self.coords_um is None else self.coords_um.to(device),
+            tile_um=None if self.tile_um is None else self.tile_um.to(device),
+        )
+
+
+def pack(bags: Sequence[BagBatch]) -> BagBatch:
+    """Join batches one after the other. Coordinates travel only if every bag has them."""
+    if not bags:
+        raise AggregatorInputError("no bag to pack")
+    widths = {bag.features.shape[1] for bag in bags}
+    if len(widths) > 1:
+        raise AggregatorInputError(f"bags of different feature width {sorted(widths)}; they come from different encoders")
+    sizes = torch.cat([bag.sizes for bag in bags])
+    coords_um = [bag.coords_um for bag in bags if bag.coords_um is not None]
+    tile_um = [bag.tile_um for bag in bags if bag.tile_um is not None]
+    return BagBatch(
+        features=torch.cat([bag.features for bag in bags]),
+        offsets=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
+        coords_um=torch.cat(coords_um) if len(coords_um) == len(bags) else None,
+        tile_um=torch.cat(tile_um) if len(tile_um) == len(bags) else None,
+        slide_ids=tuple(name for bag in bags for name in bag.slide_ids),
+    )
+
+
+@dataclass(frozen=True)
+class ExtraLogits:
+    """Further logits that the task's loss applies to, beside the bag's: DSMIL's top instance, DTFD's pseudo-bags."""
+
+    name: str
+    logits: Tensor  # (M, C)
+    bag_index: Tensor  # (M,) the bag whose label each row answers to
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class BagOutput:
+    """What an aggregator says about a batch; parts that it has no notion of are None."""
+
+    logits: Tensor  # (B, C); binary is C = 1
+    bag_embedding: Tensor | None = None  # (B, H), or (B, C, H) where there is one per class
+    attention_logits: Tensor | None = None  # (ΣN, K) before softmax
+    tile_logits: Tensor | None = None  # (ΣN, C) where tiles are scored themselves
+    tile_embedding: Tensor | None = None  # (ΣN, H)
+    contributions: Tensor | None = None  # (ΣN, C) signed, when asked with explain=True
+    extra_logits: tuple[ExtraLogits, ...] = ()
+    penalties: dict[str, Tensor] = field(default_factory=dict)  # label-free scalars, added to the loss
+
+
+class Aggregator(nn.Module):
+    """bag → logits. Subclasses are final: they implement `forward` and share behaviour by composition.
+
+    Attributes:
+        dim: width D of the features it takes.
+        n_outputs: C.
+        needs_coords: whether `coords_um` must be there.
+        contribution_kind: how `contributions` come about: "exact", "leave-one-out" or "gradient"; None where there are none.
+    """
+
+    dim: int
+    n_outputs: int
+    needs_coords: bool = False
+    contribution_kind: str | None = None
+
+    def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
+        raise NotImplementedError  # abstract: every aggregator states its own forward
+
+    def check(self, bags: BagBatch) -> BagBatch:
+        """The batch, if this aggregator can use it; an `AggregatorInputError` otherwise."""
+        bags.checked()
+        if bags.features.shape[1] != self.dim:
+            raise AggregatorInputError(
+                f"features are {bags.features.shape[1]} wide, {type(self).__name__} takes {self.dim}; "
+                "the bags come from another encoder than the model's"
+            )
+        if self.needs_coords and (bags.coords_um is None or bags.tile_um is None):
+            raise AggregatorInputError(
+                f"{type(self).__name__} needs the position of each tile, and these bags carry none (coords_um, tile_um)"
+            )
+        return bags
+
+
+@dataclass(frozen=True)
+class LabelledBags:
+    """A training batch of slides: bags and what is known of each."""
+
+    bags: BagBatch
+    targets: Tensor  # (B, …) as the task encodes them
+    weights: Tensor | None = None  # (B,) of the slides in the loss
+
+    def to(self, device: torch.device | str) -> LabelledBags:
+        return LabelledBags(
+            self.bags.to(device),
+            self.targets.to(device),
+            None if self.weights is None else self.weights.to(device),
+        )
+
+
+class Objective(nn.Module):
+    """What is minimised. All its state lives in buffers and sub-modules, so it resumes with the checkpoint.
+
+    Only `losses` must be written. Techniques wrap one another: an objective may hold another and call it.
+    """
+
+    def prepare(self, model: nn.Module) -> None:
+        """Once, before the optimiser is made: add heads, swap layers, freeze."""
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups for the optimiser: by default all that ask for a gradient, the objective's own included."""
+        parameters = [*model.parameters(), *self.parameters()]
+        return [{"params": [parameter for parameter in parameters if parameter.requires_grad]}]
+
+    def sampler(self, epoch: int) -> Iterable[int] | None:
+        """Order of the training items of an epoch; None leaves it to the loop."""
+        return None
+
+    def on_epoch_start(self, epoch: int, infer: Callable[[], Iterable[tuple[Any, Any]]]) -> None:
+        """Before each epoch; `infer()` runs the model over the training items and yields (batch, output)."""
+
+    def losses(self, model: nn.Module, batch: Any, progress: float) -> dict[str, Tensor]:
+        """Named losses of a batch, their weights applied: the loop minimises their sum. `progress` runs from 0 to 1."""
+        raise NotImplementedError  # abstract: the one method every objective states
+
+    def after_backward(self) -> None:
+        """Between the gradient and the step: project or mask gradients."""
+
+    def after_step(self) -> None:
+        """After the optimiser's step: move an EMA teacher, renormalise."""
+
+
+@runtime_checkable
+class EncodesTokens(Protocol):
+    """A ViT as masked-image objectives see it."""
+
+    def encode_tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """images (B, 3, height, width), keep (B, M) indices of visible patches → (B, M or all, D)."""
+        ...

@@ -1,0 +1,428 @@
+"""The command line: parse, call the library, report. No logic of its own.
+
+- A command per stage, in flow order; its options are the keys of its configuration sections, so YAML and flags cannot drift apart.
+- Results go to stdout, progress and remarks to stderr.
+- Exit status: 0 everything done, 1 something failed (named on the last line), 2 wrong usage, 130 interrupted.
+- Nothing heavy is imported before a command runs: `wsimil --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from wsimil.config import SECTIONS, Settings, nearest, normalise_key, read_settings, to_yaml
+from wsimil.errors import UsageError, WsimilError
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command.
+
+    `arguments` are (flags, argparse keywords) beside the options that come from `sections`.
+    """
+
+    summary: str
+    example: str
+    run: Callable[[argparse.Namespace, Settings, Callable[[str], None]], int]
+    arguments: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
+    sections: tuple[str, ...] = ()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"wsimil {version('wsimil')}")
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        print(f"wsimil: unknown command {name}{nearest(name, COMMANDS)} (wsimil --help lists them)", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    try:
+        arguments, settings = _parse(name, command, argv[1:])
+        if arguments.print_config:
+            print(to_yaml(settings, command.sections), end="")
+            return 0
+        say = _silence if arguments.quiet else lambda message: print(message, file=sys.stderr, flush=True)
+        return command.run(arguments, settings, say)
+    except UsageError as error:
+        print(f"wsimil {name}: {error}", file=sys.stderr)
+        return 2
+    except (WsimilError, OSError) as error:
+        print(f"wsimil {name}: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nwsimil {name}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _silence(message: str) -> None:
+    pass
+
+
+# ---------------------------------------------------------------- parsing
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} ({self.prog} --help shows the options)")
+
+
+def _parse(name: str, command: Command, argv: list[str]) -> tuple[argparse.Namespace, Settings]:
+    parser = _parser(name, command)
+    known, unknown = parser.parse_known_args([_normalised(argument) for argument in argv])
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        mistyped = next((word for word in unknown if word.startswith("-")), unknown[0])
+        kind = "option" if mistyped.startswith("-") else "argument"
+        raise UsageError(f"unknown {kind} {mistyped.split('=')[0]}{nearest(mistyped.split('=')[0], flags)}")
+    overrides = {
+        key.removeprefix("set:"): value for key, value in vars(known).items() if key.startswith("set:") and value is not None
+    }
+    return known, read_settings(command.sections, Path(known.config) if known.config else None, overrides)
+
+
+def _normalised(argument: str) -> str:
+    """`--tile_px=3` → `--tile-px=3`; values are left alone."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return f"--{normalise_key(flag).replace('_', '-')}{equals}{value}"
+
+
+def _parser(name: str, command: Command) -> _Parser:
+    parser = _Parser(
+        prog=f"wsimil {name}",
+        usage=None,
+        description=f"{command.summary}\n\nexample:\n  {command.example}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
+        allow_abbrev=False,
+    )
+    for flags, keywords in command.arguments:
+        parser.add_argument(*flags, **keywords)
+    parser.add_argument("--quiet", action="store_true", help="no progress and no remarks")
+    parser.add_argument("--config", metavar="FILE", help="YAML with the keys below, by section")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved settings and stop")
+    shown: set[str] = set()
+    for section in command.sections:
+        kind = SECTIONS[section]
+        group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0] + f" In YAML: {section}: {{…}}.")
+        hints = typing.get_type_hints(kind)
+        for setting in dataclasses.fields(kind):
+            flag = setting.name.replace("_", "-")
+            keywords = _keywords(setting, hints[setting.name])
+            if setting.name not in shown:
+                group.add_argument(f"--{flag}", dest=f"set:{setting.name}", **keywords)
+                shown.add(setting.name)
+            group.add_argument(f"--{section}.{flag}", dest=f"set:{section}.{setting.name}", **{**keywords, "help": argparse.SUPPRESS})
+    return parser
+
+
+def _keywords(setting: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    default = setting.default
+    if isinstance(default, tuple):
+        shown = " ".join(default)
+    else:
+        shown = "" if default is None or default is False else str(default)
+    meaning = setting.metadata["help"].replace("%", "%%") + (f" (default: {shown})" if shown and default is not True else "")
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction, "default": None, "help": meaning + (" (default: yes)" if default else "")}
+    choices = [choice for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is typing.Literal for choice in typing.get_args(part)]
+    metavar = "|".join(choices) if choices else setting.name.split("_")[-1].upper()
+    return {"default": None, "metavar": metavar, "help": meaning, **({"nargs": "+"} if isinstance(default, tuple) else {})}
+
+
+def _overview() -> str:
+    lines = [
+        "wsimil: from folders of whole-slide images to predictions and heatmaps.",
+        "",
+        "  wsimil demo                                            a toy cohort through every stage",
+        "  wsimil run SLIDES --labels labels.csv --out study/     the same with your slides",
+        "",
+        "commands, in the order of the work:",
+        *(f"  {name:<13}{command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "wsimil COMMAND --help shows an example and every option.",
+    ]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _demo(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.demo import run_demo
+
+    return run_demo(Path(arguments.out), quiet=arguments.quiet, say=say)
+
+
+def _run(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.study import run_study
+
+    study = run_study(
+        arguments.slides, arguments.labels, arguments.out, splits=arguments.splits, settings=settings, quiet=arguments.quiet, say=say
+    )
+    if arguments.json:
+        print(json.dumps({"out": str(study.folder), "metrics": study.metrics, "failed": study.failed}))
+    else:
+        print(_headline(study.metrics))
+        print(f"report: {study.folder / 'report.html'}")
+    return _ending(study.failed)
+
+
+def _tile(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.extraction import tile_slides
+
+    rows = tile_slides(arguments.slides, arguments.out, config=settings.tile, quiet=arguments.quiet)
+    return _slides_ending(rows, arguments)
+
+
+def _extract(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.extraction import extract_features
+
+    extraction = extract_features(
+        arguments.slides, arguments.out, tile=settings.tile, extract=settings.extract, quiet=arguments.quiet, say=say
+    )
+    return _slides_ending(extraction.rows, arguments, f"bags: {extraction.features_folder}")
+
+
+def _split(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.bags.labels import infer_task, read_labels, slide_ids_of
+    from wsimil.bags.splits import make_splits, splits_hash, write_splits
+
+    labels = read_labels(arguments.labels, settings.labels, group=settings.split.group, site=settings.split.site)
+    labels = slide_ids_of(labels)
+    splits = make_splits(labels, infer_task(labels["label"], settings.labels), settings.split)
+    write_splits(Path(arguments.out), splits)
+    counts = splits.groupby(["fold", "split"]).size().unstack()
+    print(counts[["train", "val", "test"]].to_string())
+    print(f"{arguments.out}: {splits['patient'].nunique()} patients, hash {splits_hash(splits)[:12]}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.training import train
+
+    runs = train(
+        arguments.bags, arguments.labels, arguments.out, splits=arguments.splits, settings=settings, quiet=arguments.quiet, say=say
+    )
+    print(f"{len(runs)} models in {arguments.out}")
+    return 0
+
+
+def _predict(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.prediction import predict
+
+    table = predict(arguments.bags, arguments.model, arguments.out, config=settings.predict, quiet=arguments.quiet, say=say)
+    counts = ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
+    print(f"{Path(arguments.out) / 'predictions.csv'}: {counts}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.bags.labels import match_labels, read_labels
+    from wsimil.evaluation import read_predictions, write_evaluation
+
+    path = Path(arguments.predictions)
+    predictions = read_predictions(path / "predictions.csv" if path.is_dir() else path)
+    labels = None
+    if arguments.labels:
+        table = read_labels(arguments.labels, settings.labels, group=settings.split.group)
+        labels = match_labels(table, predictions["slide_id"])[["slide_id", "patient", "label"]]
+        labels = labels[labels["label"] != ""]
+    metrics = write_evaluation(
+        arguments.out, predictions, labels=labels, n_bootstrap=settings.evaluate.bootstrap, seed=settings.evaluate.seed
+    )
+    print(json.dumps(metrics) if arguments.json else _headline(metrics))
+    return 0
+
+
+def _heatmap(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.heatmaps import draw_heatmaps
+
+    wrong = draw_heatmaps(
+        arguments.predictions, arguments.slides, arguments.out, config=settings.heatmap, quiet=arguments.quiet, say=say
+    )
+    print(f"heatmaps: {arguments.out}")
+    return _ending(wrong)
+
+
+def _report(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.report import write_report
+
+    print(write_report(arguments.study))
+    return 0
+
+
+def _encoders(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.encoders import describe_encoders
+
+    print(describe_encoders())
+    return 0
+
+
+def _aggregators(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.aggregators import AGGREGATORS
+
+    rows = {name: {"summary": entry.summary, "paper": entry.paper} for name, entry in AGGREGATORS.items()}
+    if arguments.json:
+        print(json.dumps(rows))
+    else:
+        for name, row in rows.items():
+            print(f"{name:<14}{row['summary']}  [{row['paper']}]")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.doctor import examine
+
+    print(examine(arguments.encoder))
+    return 0
+
+
+def _slides_ending(rows: list, arguments: argparse.Namespace, where: str = "") -> int:
+    counts = {status: sum(row.status == status for row in rows) for status in ("done", "empty", "failed", "skipped")}
+    if arguments.json:
+        print(json.dumps({"counts": counts, "slides": [dataclasses.asdict(row) for row in rows]}))
+    else:
+        print(f"{len(rows)} slides: {', '.join(f'{count} {status}' for status, count in counts.items() if count)}")
+        print(where or f"tiles: {arguments.out}")
+    return _ending([f"{row.slide_id}: {row.reason}" for row in rows if row.status == "failed"], status=Path(arguments.out) / "status.csv")
+
+
+def _ending(failed: list[str], *, status: Path | None = None) -> int:
+    """Exit status; what failed is named on the last line."""
+    if not failed:
+        return 0
+    names = ", ".join(line.split(": ")[0] for line in failed)
+    reasons = f" (reasons: {status})" if status else f" ({failed[0].split(': ', 1)[-1]}{' …' if len(failed) > 1 else ''})"
+    print(f"{len(failed)} failed: {names}{reasons}", file=sys.stderr)
+    return 1
+
+
+def _headline(metrics: dict[str, Any]) -> str:
+    """The number that people ask for first."""
+    pooled = metrics.get("pooled", {}).get("metrics", {})
+    for name, title in (("auroc", "AUROC"), ("macro_auroc", "macro AUROC"), ("spearman", "Spearman"), ("harrell_c", "C-index")):
+        entry = pooled.get(name)
+        if entry and entry.get("value") is not None:
+            interval = f" (95 % interval {entry['low']:.3f} to {entry['high']:.3f})" if entry.get("low") is not None else ""
+            return f"{title} {entry['value']:.3f}{interval}, {metrics['n_evaluated']} of {metrics['n_slides']} slides"
+    return f"no metric could be computed for {metrics['n_evaluated']} evaluated slides; metrics.json says why"
+
+
+_SLIDES = (("slides",), {"metavar": "SLIDES", "help": "folder (searched recursively), one slide, or CSV with a `slide` column"})
+_BAGS = (("bags",), {"metavar": "BAGS", "help": "job folder or features_* folder"})
+_PREDICTIONS = (("predictions",), {"metavar": "PREDICTIONS", "help": "folder with predictions.csv"})
+_LABELS = (("--labels",), {"required": True, "metavar": "CSV", "help": "table with `slide`, the target, optional `patient`, `site`"})
+_SPLITS = (("--splits",), {"metavar": "CSV", "help": "folds to use; made by patient if not given"})
+_JSON = (("--json",), {"action": "store_true", "help": "result as JSON on stdout"})
+
+
+def _out(default: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return ("--out",), {"required": True, "metavar": "PATH", "help": f"where to write, for example {default}"}
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "a toy cohort through every stage: slides, bags, models, predictions, heatmaps",
+        "wsimil demo --out wsimil-demo",
+        _demo,
+        ((("--out",), {"default": "wsimil-demo", "metavar": "PATH", "help": "where to write (default: wsimil-demo)"}),),
+    ),
+    "run": Command(
+        "your slides and labels through every stage; run again, only what changed is done",
+        "wsimil run slides/ --labels labels.csv --out study/ --encoder uni2-h --folds 5",
+        _run,
+        (_SLIDES, _LABELS, _out("study/"), _SPLITS, _JSON),
+        tuple(SECTIONS),
+    ),
+    "tile": Command(
+        "where the tissue is and where tiles go",
+        "wsimil tile slides/ --out job/ --mpp 0.5 --tile-px 224",
+        _tile,
+        (_SLIDES, _out("job/"), _JSON),
+        ("tile",),
+    ),
+    "extract": Command(
+        "slides to bags of features, resumable",
+        "wsimil extract slides/ --out job/ --encoder uni2-h --mpp 0.5 --tile-px 224",
+        _extract,
+        (_SLIDES, _out("job/"), _JSON),
+        ("tile", "extract"),
+    ),
+    "split": Command(
+        "folds that keep patients apart",
+        "wsimil split labels.csv --out splits.csv --folds 5",
+        _split,
+        ((("labels",), {"metavar": "LABELS", "help": "table with `slide`, the target, optional `patient`, `site`"}), _out("splits.csv")),
+        ("labels", "split"),
+    ),
+    "train": Command(
+        "bags and labels to models, one per fold and seed",
+        "wsimil train job/ --labels labels.csv --out runs/abmil --aggregator gated_abmil",
+        _train,
+        (_BAGS, _LABELS, _out("runs/abmil"), _SPLITS),
+        ("labels", "split", "train"),
+    ),
+    "predict": Command(
+        "models and bags to predictions and tile scores",
+        "wsimil predict job/ --model runs/abmil --out predictions/",
+        _predict,
+        (_BAGS, (("--model",), {"required": True, "metavar": "RUN", "help": "folder of a run, or of one of its folds"}), _out("predictions/")),
+        ("predict",),
+    ),
+    "evaluate": Command(
+        "predictions to metrics with intervals, and plots",
+        "wsimil evaluate predictions/ --labels labels.csv --out evaluation/",
+        _evaluate,
+        (
+            _PREDICTIONS,
+            (("--labels",), {"metavar": "CSV", "help": "labels, where the predictions do not carry them or others count"}),
+            _out("evaluation/"),
+            _JSON,
+        ),
+        ("labels", "split", "evaluate"),
+    ),
+    "heatmap": Command(
+        "tile scores to pictures and QuPath polygons",
+        "wsimil heatmap predictions/ --slides slides/ --out heatmaps/ --format png geojson",
+        _heatmap,
+        (
+            _PREDICTIONS,
+            (("--slides",), {"required": True, "metavar": "SLIDES", "help": "where the slides are: folder, slide or CSV"}),
+            _out("heatmaps/"),
+        ),
+        ("heatmap",),
+    ),
+    "report": Command(
+        "one page about a study",
+        "wsimil report study/",
+        _report,
+        ((("study",), {"metavar": "STUDY", "help": "folder of `wsimil run`"}),),
+    ),
+    "encoders": Command("encoders that --encoder knows by name", "wsimil encoders", _encoders, (_JSON,)),
+    "aggregators": Command("aggregators that --aggregator knows", "wsimil aggregators", _aggregators, (_JSON,)),
+    "doctor": Command(
+        "what this installation has, and what is missing for an encoder",
+        "wsimil doctor --encoder uni2-h",
+        _doctor,
+        ((("--encoder",), {"metavar": "NAME", "help": "say what this encoder needs and how to get it"}),),
+    ),
+}

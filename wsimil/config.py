@@ -1,0 +1,361 @@
+"""Every setting of every stage: its name, default, range and one-line meaning, in one place.
+
+- A section per stage; a key is `section.key` in YAML (`tile: {tile_px: 224}`) and `--section.key` on the command line.
+- The short form (`--tile-px`, or `tile_px:` at the top of a YAML file) sets the key in every section that has it.
+- Hyphens and underscores are the same; an unknown key or a value of the wrong kind is an error that names the nearest key.
+- No torch here: `wsimil --help` reads this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from wsimil.errors import ConfigError
+from wsimil.files import write_text
+
+__all__ = [
+    "SECTIONS",
+    "EvaluateConfig",
+    "ExtractConfig",
+    "HeatmapConfig",
+    "LabelsConfig",
+    "PredictConfig",
+    "Settings",
+    "SplitConfig",
+    "TileConfig",
+    "TrainConfig",
+    "as_mapping",
+    "keys_of",
+    "normalise_key",
+    "read_settings",
+    "save_settings",
+]
+
+
+def option(default: Any, help: str) -> Any:
+    """A setting with its meaning, for the help page and for people reading this file."""
+    return field(default=default, metadata={"help": help})
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Where tiles go and at which scale they are seen."""
+
+    mpp: float = option(0.5, "µm/px the tiles are seen at")
+    tile_px: int = option(224, "side of a tile, pixels at that scale")
+    overlap_px: int = option(0, "overlap of neighbouring tiles, same pixels")
+    min_tissue: float = option(0.5, "least share of tissue in a tile, 0 to 1")
+    tissue: Literal["auto", "none"] = option("auto", "find tissue, or take the whole slide")
+    slide_mpp: float | None = option(None, "µm/px of slides that do not state their own")
+    roi: str | None = option(None, "folder of <slide_id>.geojson polygons (QuPath) that replace the tissue mask")
+    allow_upsampling: bool = option(False, "accept slides more than 10 % coarser than --mpp")
+
+    def __post_init__(self) -> None:
+        _require(0.05 <= self.mpp <= 20, f"tile.mpp is {self.mpp}; expected .05 to 20 µm/px")
+        _require(self.tile_px >= 8, f"tile.tile_px is {self.tile_px}; expected at least 8")
+        _require(
+            0 <= self.overlap_px < self.tile_px,
+            f"tile.overlap_px is {self.overlap_px}; expected 0 to {self.tile_px - 1} (less than tile_px)",
+        )
+        _require(0 <= self.min_tissue <= 1, f"tile.min_tissue is {self.min_tissue}; expected 0 to 1")
+        _require(
+            self.slide_mpp is None or 0.05 <= self.slide_mpp <= 20,
+            f"tile.slide_mpp is {self.slide_mpp}; expected .05 to 20 µm/px",
+        )
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """From tiles to features."""
+
+    encoder: str = option(
+        "texture", "texture | registry or timm name | hf-hub:org/model | local file or folder | random:<timm name>[:seed]"
+    )
+    batch_size: int = option(64, "tiles in a forward pass of the encoder")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU when there is one")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "arithmetic of the encoder; auto: bf16 on a GPU, fp32 else")
+    feature_dtype: Literal["fp16", "fp32"] = option("fp16", "how features are stored")
+    workers: int = option(2, "threads that read tiles")
+    shard: str | None = option(None, "i/n: only the i-th of n parts of the slides (1/8 … 8/8)")
+    retry_failed: bool = option(False, "try again slides that failed in an earlier run")
+    overwrite_stale: bool = option(False, "replace bags that another recipe or another slide file made")
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"extract.batch_size is {self.batch_size}; expected at least 1")
+        _require(self.workers >= 1, f"extract.workers is {self.workers}; expected at least 1")
+        if self.shard is not None:
+            self.shard_of()
+
+    def shard_of(self) -> tuple[int, int]:
+        """(i, n), 1-based; (1, 1) without sharding."""
+        if self.shard is None:
+            return 1, 1
+        index, _, count = self.shard.partition("/")
+        good = index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)
+        _require(good, f"extract.shard is {self.shard!r}; expected i/n with 1 <= i <= n, for example 1/4")
+        return int(index), int(count)
+
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    """What the label table says."""
+
+    target: str = option("label", "column to predict")
+    task: Literal["auto", "binary", "multiclass", "regression"] = option("auto", "kind of target; auto looks at its values")
+    positive: str | None = option(None, "the positive one of two values; default: the last in sorted order")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Folds that keep patients apart."""
+
+    folds: int = option(5, "cross-validation folds")
+    seed: int = option(0, "seed of the split")
+    group: str = option("patient", "column whose values never stand on two sides")
+    site: str | None = option(None, "column to balance over folds as well as the label")
+    val_fraction: float = option(0.2, "share of the training patients held out to choose epoch and threshold")
+
+    def __post_init__(self) -> None:
+        _require(self.folds >= 2, f"split.folds is {self.folds}; expected at least 2")
+        _require(0 < self.val_fraction < 1, f"split.val_fraction is {self.val_fraction}; expected between 0 and 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """From bags and labels to models."""
+
+    aggregator: str = option("gated_abmil", "see `wsimil aggregators`")
+    hidden: int = option(256, "width H inside the aggregator")
+    dropout: float = option(0.25, "dropout on the hidden features")
+    lr: float = option(3e-4, "learning rate (AdamW, one cosine cycle)")
+    weight_decay: float = option(1e-4, "weight decay")
+    epochs: int = option(60, "most passes over the training slides")
+    patience: int = option(15, "stop after so many epochs without a better validation loss")
+    bags_per_step: int = option(4, "slides in one optimiser step")
+    standardize: bool = option(True, "shift and scale features by the training tiles' mean and deviation")
+    balance: bool = option(True, "weigh classes by the inverse of their share in the training slides")
+    seeds: int = option(1, "models per fold, from --seed upwards")
+    seed: int = option(0, "first seed")
+    fold: str = option("all", "all, or the number of one fold")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU when there is one")
+
+    def __post_init__(self) -> None:
+        for key in ("hidden", "epochs", "patience", "bags_per_step", "seeds"):
+            _require(getattr(self, key) >= 1, f"train.{key} is {getattr(self, key)}; expected at least 1")
+        _require(0 <= self.dropout < 1, f"train.dropout is {self.dropout}; expected 0 up to 1")
+        _require(self.lr > 0, f"train.lr is {self.lr}; expected more than 0")
+        _require(self.fold == "all" or self.fold.isdigit(), f"train.fold is {self.fold!r}; expected all, or a number")
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """From models and bags to predictions."""
+
+    bag: Literal["slide", "patient"] = option("slide", "one prediction per slide, or the slides of a patient pooled")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU when there is one")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """From predictions to numbers with intervals."""
+
+    bootstrap: int = option(2000, "resamples of patients for the intervals")
+    seed: int = option(0, "seed of the resampling")
+
+
+@dataclass(frozen=True)
+class HeatmapConfig:
+    """From tile scores to pictures and polygons."""
+
+    format: tuple[Literal["png", "geojson"], ...] = option(("png", "geojson"), "what to write")
+    map: Literal["auto", "attention", "contribution", "tile_prob"] = option(
+        "auto", "which score; auto: signed contributions where the model has exact ones, else attention"
+    )
+    qupath_bounds: Literal["auto", "keep"] = option(
+        "auto", "auto: QuPath's frame (OpenSlide's bounds offset subtracted); keep: the file's own"
+    )
+    max_side_px: int = option(1600, "longer side of the PNG")
+
+    def __post_init__(self) -> None:
+        _require(self.max_side_px >= 64, f"heatmap.max_side_px is {self.max_side_px}; expected at least 64")
+
+
+SECTIONS: dict[str, type] = {
+    "tile": TileConfig,
+    "extract": ExtractConfig,
+    "labels": LabelsConfig,
+    "split": SplitConfig,
+    "train": TrainConfig,
+    "predict": PredictConfig,
+    "evaluate": EvaluateConfig,
+    "heatmap": HeatmapConfig,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All sections together: what `wsimil run` takes."""
+
+    tile: TileConfig = TileConfig()
+    extract: ExtractConfig = ExtractConfig()
+    labels: LabelsConfig = LabelsConfig()
+    split: SplitConfig = SplitConfig()
+    train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    heatmap: HeatmapConfig = HeatmapConfig()
+
+
+def normalise_key(key: str) -> str:
+    """One spelling for a key, however it was typed: `--tile.tile-px` → `tile.tile_px`."""
+    return key.lstrip("-").replace("-", "_")
+
+
+def keys_of(sections: Iterable[str]) -> dict[str, list[str]]:
+    """Every accepted key of these sections → the full keys it sets (a short key may set several)."""
+    keys: dict[str, list[str]] = {}
+    for section in sections:
+        for setting in dataclasses.fields(SECTIONS[section]):
+            full = f"{section}.{setting.name}"
+            keys.setdefault(full, []).append(full)
+            keys.setdefault(setting.name, []).append(full)
+    return keys
+
+
+def read_settings(
+    sections: Iterable[str], config: Path | None = None, overrides: Mapping[str, Any] | None = None, defaults: Settings | None = None
+) -> Settings:
+    """Defaults, then the YAML file, then the overrides (key → value, or text as typed).
+
+    Raises:
+        ConfigError: unknown key (the nearest is named), wrong kind of value, value out of range.
+    """
+    sections = list(sections)
+    keys = keys_of(sections)
+    flat: dict[str, Any] = {}
+    # in each source a full key beats a short one, whatever the order
+    for source, mapping in ((str(config), _read_yaml(config) if config else {}), ("", _flatten(overrides or {}, sections))):
+        for full_first in (False, True):
+            for key, value in mapping.items():
+                if ("." in key) is full_first:
+                    if source and key not in keys and key in keys_of(SECTIONS):
+                        continue  # one file may serve every stage: another stage's key is no mistake
+                    for full in _resolve(key, keys, source):
+                        flat[full] = value
+    settings = defaults or Settings()
+    for section in sections:
+        changes = {key.split(".")[1]: value for key, value in flat.items() if key.split(".")[0] == section}
+        if changes:
+            hints = typing.get_type_hints(SECTIONS[section])
+            typed = {name: _coerce(hints[name], value, f"{section}.{name}") for name, value in changes.items()}
+            settings = dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **typed)})
+    return settings
+
+
+def nearest(key: str, keys: Iterable[str]) -> str:
+    """`; did you mean …?` or nothing."""
+    matches = difflib.get_close_matches(key, list(keys), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _resolve(key: str, keys: Mapping[str, list[str]], source: str) -> list[str]:
+    if key in keys:
+        return keys[key]
+    where = f"{source}: " if source else ""
+    raise ConfigError(f"{where}unknown key {key}{nearest(key, keys)}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys and values, for example `tile: {{mpp: 0.5}}`")
+    return _flatten(content, SECTIONS)
+
+
+def _flatten(content: Mapping[str, Any], sections: Iterable[str]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        key = normalise_key(str(key))
+        if key in sections and isinstance(value, Mapping):
+            flat |= {f"{key}.{normalise_key(str(inner))}": inner_value for inner, inner_value in value.items()}
+        elif key in sections and value is None:
+            continue
+        else:
+            flat[key] = value
+    return flat
+
+
+def _coerce(kind: Any, value: Any, key: str) -> Any:
+    """`value` as `kind`; text is read as YAML reads it, so `--lr 3e-4` and `lr: 3e-4` mean the same."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
+            return None
+        return _coerce(next(part for part in arguments if part is not type(None)), value, key)
+    if origin is tuple:
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list | tuple):
+            raise ConfigError(f"{key} is {value!r}; expected a list")
+        return tuple(_coerce(arguments[0], item, key) for item in values)
+    if origin is Literal:
+        text = str(value)
+        if text not in arguments:
+            raise ConfigError(f"{key} is {text!r}; expected one of {', '.join(arguments)}")
+        return text
+    if kind is bool:
+        text = str(value).lower()
+        if text not in ("true", "false", "yes", "no"):
+            raise ConfigError(f"{key} is {value!r}; expected true or false")
+        return text in ("true", "yes")
+    if kind is str:
+        return str(value)
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+        if kind is int:
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if number != number or number in (float("inf"), float("-inf")):
+            raise ValueError
+        return number
+    except (TypeError, ValueError, OverflowError):
+        expected = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{key} is {value!r}; expected {expected}") from None
+
+
+def as_mapping(settings: Settings, sections: Iterable[str]) -> dict[str, Any]:
+    """Plain nested values, as they stand in YAML."""
+    return {
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in vars(getattr(settings, section)).items()}
+        for section in sections
+    }
+
+
+def to_yaml(settings: Settings, sections: Iterable[str]) -> str:
+    return yaml.safe_dump(as_mapping(settings, sections), sort_keys=False, allow_unicode=True)
+
+
+def save_settings(path: Path, settings: Settings, sections: Iterable[str]) -> None:
+    """Write the resolved settings; the file is a valid `--config`."""
+    write_text(path, to_yaml(settings, sections))

@@ -1,0 +1,317 @@
+"""From a predictions table to arrays: what is counted, what is left out, and what is refused.
+
+- Only slides that were predicted, are labelled and were not trained on enter a metric; the number of all others is
+  stated.
+- Ids, folds and class names are text: `007` stays `007`, and a class `1` is found whether a reader made it 1, 1.0 or
+  "1".
+- A probability that is missing or impossible on a predicted slide is an error, never a slide quietly left out.
+- A labels table, when given, has the last word on label and patient.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from wsimil.errors import LabelsError, UsageError
+
+__all__ = ["ENSEMBLE", "KINDS", "Predictions", "check_predictions", "read_predictions"]
+
+KINDS = ("binary", "multiclass", "ordinal", "regression", "survival")
+
+ENSEMBLE = "ensemble"
+"""The fold of new slides, which the mean of all folds predicts."""
+
+_STATUSES = ("done", "empty", "failed", "skipped")
+_PREFIX = "prob_"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """n evaluated rows, one for each slide and fold that tested it (and seed, where there are several)."""
+
+    kind: str
+    classes: tuple[str, ...]  # binary: (negative, positive); empty for regression and survival
+    slide_id: np.ndarray  # (n,) str
+    patient: np.ndarray  # (n,) str
+    fold: np.ndarray  # (n,) str
+    seed: np.ndarray  # (n,) str
+    label: np.ndarray  # (n,) class index; the target of a regression; the time of an event or censoring
+    event: np.ndarray  # (n,) bool, survival: the event happened; else False
+    score: np.ndarray  # (n, classes) probabilities; (n,) value or risk
+    predicted: np.ndarray  # (n,) class index; zeros without classes
+    threshold: np.ndarray  # (n,) of the binary decision; NaN where the table does not say
+    counts: dict[str, int] = field(default_factory=dict)  # slides of the whole table by what became of them
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.slide_id)
+
+    @property
+    def folds(self) -> list[str]:
+        """Distinct folds, numbers by value before text."""
+        return _sorted(self.fold)
+
+    @property
+    def seeds(self) -> list[str]:
+        """Distinct seeds, numbers by value before text."""
+        return _sorted(self.seed)
+
+    def take(self, rows: np.ndarray) -> Predictions:
+        """The rows chosen by a mask or by indices."""
+        columns = {column.name: getattr(self, column.name) for column in fields(self)}
+        return replace(self, **{name: c[rows] for name, c in columns.items() if isinstance(c, np.ndarray)})
+
+
+def read_predictions(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """A predictions.csv with ids and names as text (leading zeros, "NA" and "None" kept) and numbers as numbers."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, UnicodeDecodeError, pd.errors.EmptyDataError, pd.errors.ParserError) as error:
+        raise UsageError(f"{path}: not a predictions table: {error}") from error
+    for column in table.columns:
+        if column.startswith(_PREFIX) or column in ("value", "risk", "threshold", "time"):
+            try:
+                table[column] = pd.to_numeric(table[column].mask(table[column].isin(["", "nan", "NaN"])))
+            except ValueError as error:
+                raise UsageError(f"{path}: column {column}: {error}") from error
+    return table
+
+
+def check_predictions(
+    predictions: pd.DataFrame,
+    *,
+    labels: pd.DataFrame | None = None,
+    kind: str | None = None,
+    classes: Sequence[str] | None = None,
+    positive: str | None = None,
+) -> Predictions:
+    """The rows to evaluate, checked. What is None is read from the columns: `prob_<class>` (two: negative, positive),
+    `value`, `risk`.
+
+    Args:
+        labels: slide_id with label (survival: time, event) and optional patient; instead of what `predictions` says.
+        positive: the positive one of two classes; default the second.
+
+    Raises:
+        UsageError, LabelsError: naming the column or slide.
+    """
+    if "slide_id" not in predictions:
+        raise UsageError(f"predictions have no column slide_id; they have {', '.join(map(str, predictions.columns))}")
+    kind, classes = _task(predictions, kind, classes, positive)
+    table, notes = _joined(predictions.reset_index(drop=True), labels, kind)
+
+    tested = ~table["split"].isin(["train", "val"])
+    predicted = tested & (table["status"] == "done")
+    counts = {
+        "n_slides": _n_slides(table),
+        "n_patients": int(table["patient"].nunique()),
+        **{f"n_{status}": _n_slides(table[tested & (table["status"] == status)]) for status in _STATUSES[1:]},
+        "n_without_label": _n_slides(table[predicted & ~table["labelled"]]),
+        "n_not_test": len(set(table.loc[~tested, "slide_id"]) - set(table.loc[tested, "slide_id"])),
+    }
+    if (~tested).any():
+        notes["split"] = f"{int((~tested).sum())} rows of train or val were left out: they are not test results"
+    _refuse_impossible(table[predicted], kind, classes)
+    rows = table[predicted & table["labelled"]]
+    repeated = rows.duplicated(["fold", "seed", "slide_id"])
+    if repeated.any():
+        slide = rows.loc[repeated, "slide_id"].iloc[0]
+        raise UsageError(f"slide {slide} has two rows in fold {rows.loc[repeated, 'fold'].iloc[0]}; keep one")
+    counts["n_evaluated"] = _n_slides(rows)
+    return _arrays(rows, kind, classes, counts, notes)
+
+
+# Tables are `Any` below: pandas' own annotations make every column a union that no checker can follow.
+
+
+def _task(table: Any, kind: str | None, classes: Sequence[str] | None, positive: str | None) -> tuple[str, tuple[str, ...]]:
+    found = [str(column).removeprefix(_PREFIX) for column in table.columns if str(column).startswith(_PREFIX)]
+    if kind is None:
+        if found:
+            kind = "binary" if len(found) == 2 else "multiclass"
+        elif "value" in table or "risk" in table:
+            kind = "regression" if "value" in table else "survival"
+        else:
+            raise UsageError("predictions have none of the columns prob_<class>, value, risk: nothing to evaluate")
+    if kind not in KINDS:
+        raise UsageError(f"kind {kind!r} is unknown; expected one of {', '.join(KINDS)}")
+    if kind in ("regression", "survival"):
+        column = "value" if kind == "regression" else "risk"
+        if column not in table:
+            raise UsageError(f"predictions of a {kind} need the column {column}")
+        return kind, ()
+    names = tuple(str(name) for name in classes) if classes else tuple(found)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UsageError(f"predictions have no column {_PREFIX}{missing[0]}; they have classes {', '.join(found)}")
+    if len(names) < 2 or (kind == "binary" and len(names) != 2):
+        raise UsageError(f"{kind} predictions with {len(names)} classes: {', '.join(names) or 'no column prob_…'}")
+    if positive is not None and kind == "binary":
+        if positive not in names:
+            raise UsageError(f"positive class {positive!r} is not one of {', '.join(names)}")
+        names = (*(name for name in names if name != positive), positive)
+    return kind, names
+
+
+def _joined(table: Any, labels: Any, kind: str) -> tuple[Any, dict[str, str]]:
+    """The table with every column that is optional filled in, and labels and patients from the labels table."""
+    table, notes = table.copy(), {}
+    table["slide_id"] = _text(table["slide_id"])
+    if (table["slide_id"] == "").any():
+        raise UsageError(f"row {int(np.argmax(table['slide_id'] == '')) + 1} of the predictions has no slide_id")
+    truth = ["time", "event"] if kind == "survival" else ["label"]
+    if labels is not None:
+        missing = [column for column in ("slide_id", *truth) if column not in labels]
+        if missing:
+            raise LabelsError(f"labels have no column {missing[0]}; they have {', '.join(map(str, labels.columns))}")
+        given = labels[["slide_id", *truth, *(["patient"] if "patient" in labels else [])]].copy()
+        given["slide_id"] = _text(given["slide_id"])
+        given = given.drop_duplicates()
+        if given["slide_id"].duplicated().any():
+            slide = given.loc[given["slide_id"].duplicated(), "slide_id"].iloc[0]
+            raise LabelsError(f"slide {slide} is in the labels table twice, with different entries; keep one")
+        by_slide = given.set_index("slide_id")
+        if kind not in ("survival", "regression") and "label" in table:
+            there, here = table["slide_id"].map(by_slide["label"]).map(_plain_label), table["label"].map(_plain_label)
+            differ = int(((there != here) & (there != "") & (here != "")).sum())
+            if differ:
+                notes["labels"] = f"{differ} rows have another label than the labels table, which was used"
+        if "patient" in by_slide:
+            known = _text(table["slide_id"].map(by_slide["patient"]))
+            own = _text(table["patient"]) if "patient" in table else ""
+            table["patient"] = known.where(known != "", own)
+        for column in truth:
+            table[column] = table["slide_id"].map(by_slide[column])
+    missing = [column for column in truth if column not in table]
+    if missing:
+        raise LabelsError(f"no column {missing[0]} in the predictions; pass the labels table")
+    table["labelled"] = ~table[truth].map(_is_missing).any(axis=1)
+    for column, default in (("patient", ""), ("fold", "0"), ("seed", "0"), ("split", "test"), ("status", "done")):
+        table[column] = _text(table[column]) if column in table else default
+    table["patient"] = table["patient"].where(table["patient"] != "", table["slide_id"])
+    unknown = table.loc[~table["status"].isin(_STATUSES), "status"]
+    if len(unknown):
+        raise UsageError(f"status {unknown.iloc[0]!r} is unknown; expected one of {', '.join(_STATUSES)}")
+    return table, notes
+
+
+def _refuse_impossible(table: Any, kind: str, classes: tuple[str, ...]) -> None:
+    columns = [_PREFIX + name for name in classes] or ["value" if kind == "regression" else "risk"]
+    try:
+        numbers = table[columns].to_numpy(dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"predictions hold text among the numbers of {', '.join(columns)}: {error}") from error
+    finite = np.isfinite(numbers).all(axis=1)
+    if not finite.all():
+        slide = table["slide_id"].iloc[int(np.argmin(finite))]
+        raise UsageError(
+            f"slide {slide} is done but its {' or '.join(columns)} is missing or not finite"
+            f" ({int((~finite).sum())} such rows); predict it again, or set its status to failed"
+        )
+    if classes:
+        possible = (np.abs(numbers.sum(axis=1) - 1.0) < 1e-2) & (numbers >= -1e-6).all(axis=1)
+        if not possible.all():
+            first = int(np.argmin(possible))
+            raise UsageError(
+                f"slide {table['slide_id'].iloc[first]}: probabilities {numbers[first].tolist()} are not between 0 and 1 with sum 1"
+            )
+
+
+def _arrays(rows: Any, kind: str, classes: tuple[str, ...], counts: dict[str, int], notes: dict[str, str]) -> Predictions:
+    n = len(rows)
+    event, predicted, threshold = np.zeros(n, dtype=bool), np.zeros(n, dtype=np.int64), np.full(n, np.nan)
+    if classes:
+        label = _class_indices(rows, "label", classes)
+        score = rows[[_PREFIX + name for name in classes]].to_numpy(dtype=np.float64)
+        if "threshold" in rows:
+            threshold = _floats(rows["threshold"])
+        if kind == "binary":
+            predicted = (score[:, 1] >= np.where(np.isnan(threshold), 0.5, threshold)).astype(np.int64)
+        else:
+            predicted = score.argmax(axis=1)
+        said = np.zeros(n, dtype=bool)
+        if "prediction" in rows:
+            said = ~rows["prediction"].map(_is_missing).to_numpy(dtype=bool)
+            predicted[said] = _class_indices(rows[said], "prediction", classes)
+        undecided = int((~said & np.isnan(threshold)).sum()) if kind == "binary" else 0
+        if undecided:
+            notes["threshold"] = f"{undecided} rows have neither prediction nor threshold; .5 was used"
+    elif kind == "regression":
+        label, score = _numbers(rows, "label"), rows["value"].to_numpy(dtype=np.float64)
+    else:
+        label, score = _numbers(rows, "time"), rows["risk"].to_numpy(dtype=np.float64)
+        events = rows["event"].map(_plain_label).str.lower()
+        unknown = events[~events.isin(["0", "1", "true", "false"])]
+        if len(unknown):
+            slide = rows["slide_id"].loc[unknown.index[0]]
+            raise LabelsError(f"slide {slide}: event {unknown.iloc[0]!r} is not 0 or 1")
+        event = events.isin(["1", "true"]).to_numpy(dtype=bool)
+    ids = {name: rows[name].to_numpy(dtype=str) for name in ("slide_id", "patient", "fold", "seed")}
+    return Predictions(
+        kind, classes, **ids, label=label, event=event, score=score, predicted=predicted, threshold=threshold,
+        counts=counts, notes=notes,
+    )  # fmt: skip
+
+
+def _class_indices(rows: Any, column: str, classes: tuple[str, ...]) -> np.ndarray:
+    exact = rows[column].map(_plain)
+    names = exact.where(exact.isin(classes), rows[column].map(_plain_label))
+    unknown = ~names.isin(classes)
+    if unknown.any():
+        slide = rows.loc[unknown, "slide_id"].iloc[0]
+        name = names[unknown].iloc[0]
+        raise LabelsError(f"slide {slide}: {column} {name!r} is not one of the classes {', '.join(classes)}")
+    return names.map({name: index for index, name in enumerate(classes)}).to_numpy(dtype=np.int64)
+
+
+def _numbers(rows: Any, column: str) -> np.ndarray:
+    numbers = _floats(rows[column])
+    if not np.isfinite(numbers).all():
+        row = rows.iloc[int(np.argmin(np.isfinite(numbers)))]
+        raise LabelsError(f"slide {row['slide_id']}: {column} {row[column]!r} is not a number")
+    return numbers
+
+
+def _floats(column: Any) -> np.ndarray:
+    """Numbers of a column, NaN for what is none."""
+    numbers: Any = pd.to_numeric(column, errors="coerce")
+    return numbers.to_numpy(dtype=np.float64)
+
+
+def _is_missing(value: Any) -> bool:
+    return bool(pd.isna(value)) or str(value).strip() == ""
+
+
+def _plain(value: Any) -> str:
+    """Text of a value; a whole number that a reader made a float (a column with gaps) loses its .0, missing is ""."""
+    if _is_missing(value):
+        return ""
+    whole = isinstance(value, float | np.floating) and float(value).is_integer()
+    return str(int(value)) if whole else str(value).strip()
+
+
+def _plain_label(value: Any) -> str:
+    """As `_plain`, and the .0 goes from text too: label columns with gaps are often written as 1.0. Not for ids, where
+    it is a name.
+    """
+    text = _plain(value)
+    return text[:-2] if text.endswith(".0") and text[:-2].lstrip("-").isdigit() else text
+
+
+def _text(column: Any) -> Any:
+    return column.map(_plain).astype(object)
+
+
+def _n_slides(table: Any) -> int:
+    return int(table["slide_id"].nunique())
+
+
+def _sorted(names: np.ndarray) -> list[str]:
+    distinct = {str(name) for name in names}
+    return sorted(distinct, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))

@@ -1,0 +1,166 @@
+"""How a slide is named, and how a file appears: whole or not at all.
+
+- `slide_id` is injective: two different paths never share an id, so nested slides of equal name never overwrite each other.
+- A file is written under a temporary name in its own folder, flushed to the disk and renamed: a reader never meets half of one.
+- Temporary names start with a dot and carry host and process, so two runs on one folder keep out of each other's way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+__all__ = [
+    "SLIDE_SUFFIXES",
+    "atomic_path",
+    "file_sha256",
+    "fingerprint",
+    "hash_of",
+    "read_json",
+    "slide_id_from_path",
+    "slide_name",
+    "strip_suffix",
+    "sweep_temporary_files",
+    "write_json",
+    "write_text",
+]
+
+OPENSLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".bif", ".svslide", ".dcm", ".czi")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SLIDE_SUFFIXES = (".ome.tif", ".ome.tiff", *OPENSLIDE_SUFFIXES, *IMAGE_SUFFIXES)
+
+_EDGE = 1 << 20
+
+
+def strip_suffix(name: str) -> str:
+    """A file name without the suffix of a slide, if it has one; other dots stay (`TCGA-AA.01.svs` → `TCGA-AA.01`)."""
+    lower = name.lower()
+    for suffix in SLIDE_SUFFIXES:  # compound ones come first
+        if lower.endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def slide_id_from_path(path: PurePosixPath) -> str:
+    """Id of a slide from its path below the given folder, suffix already removed.
+
+    `/` becomes `__`. An underscore that could be mistaken for part of a separator is written `%5F`, and `%` is `%25`.
+
+    >>> slide_id_from_path(PurePosixPath("batch 1/A_1"))
+    'batch 1__A_1'
+    >>> slide_id_from_path(PurePosixPath("a__b"))
+    'a_%5Fb'
+    """
+    parts = []
+    for position, part in enumerate(path.parts):
+        part = part.replace("%", "%25")
+        part = re.sub(r"(?<=_)_", "%5F", part)
+        if position > 0:
+            part = re.sub(r"^_", "%5F", part)
+        if position < len(path.parts) - 1:
+            part = re.sub(r"_$", "%5F", part)
+        parts.append(part)
+    return "__".join(parts)
+
+
+def slide_name(slide_id: str) -> str:
+    """The file name (no folder, no suffix) inside a slide id: what a label table usually holds."""
+    return slide_id.split("__")[-1].replace("%5F", "_").replace("%25", "%")
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; on success it is synced and renamed to `path`, else removed.
+
+    The suffix is kept, for writers that look at it. Missing folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+    temporary = path.parent / f".{path.stem}.tmp-{host}-{os.getpid()}-{time.monotonic_ns()}{path.suffix}"
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sweep_temporary_files(folder: Path) -> None:
+    """Remove what killed runs of this machine left in `folder`; files of living processes and of other hosts stay."""
+    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+    for leftover in folder.glob(f".*.tmp-{host}-*"):
+        match = re.search(r"\.tmp-" + re.escape(host) + r"-(\d+)-\d+", leftover.name)
+        if match and not Path(f"/proc/{match[1]}").exists() and Path("/proc/self").exists():
+            leftover.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except (PermissionError, IsADirectoryError):  # a folder cannot be opened on some systems; the rename still holds
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # a network folder may refuse fsync on a directory; a file that cannot be synced is a fault
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file atomically, UTF-8."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON atomically, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 of a JSON-like value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a whole file, as `sha256sum` prints it."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
+
+
+def _digest(handle: Any) -> str:
+    digest = hashlib.sha256()
+    while block := handle.read(_EDGE):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Identity of a slide's content, cheap on files of gigabytes: size, first and last MB of each of its files."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{size}:".encode())
+        with open(file, "rb") as handle:
+            digest.update(handle.read(_EDGE))
+            handle.seek(max(0, size - _EDGE))
+            digest.update(handle.read(_EDGE))
+    return digest.hexdigest()
+
+

@@ -1,0 +1,265 @@
+"""From models and bags to predictions and tile scores, out of one forward pass.
+
+- A slide of the cohort is predicted only by the folds where it is in test; a new slide by the mean of all folds.
+- Slides without tiles, and slides that failed, have a row that says so: no slide is lost on the way to the metrics.
+- Bags of another encoder than the model's are refused.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from wsimil.aggregators.packed import segment_softmax
+from wsimil.bags.bag import Bag
+from wsimil.bags.dataset import BagFolder
+from wsimil.bags.splits import read_splits, splits_hash
+from wsimil.batch import BagBatch, BagOutput, pack
+from wsimil.config import PredictConfig, Settings, save_settings
+from wsimil.errors import EncoderMismatchError, UsageError
+from wsimil.extraction.extract import resolve_device
+from wsimil.extraction.job import Row, slides_of_job
+from wsimil.files import atomic_path, file_sha256, hash_of, sweep_temporary_files
+from wsimil.hdf5 import Dataset, write_hdf5
+from wsimil.progress import progress
+from wsimil.task import Task
+from wsimil.training import TrainedModel, load_model
+
+__all__ = ["predict"]
+
+
+def predict(
+    bags: str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    config: PredictConfig | None = None,
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> pd.DataFrame:
+    """Write `predictions.csv` and `scores/<slide_id>.h5` for every slide that has a bag.
+
+    Args:
+        bags: job folder or `features_*` folder.
+        model: folder of a run (all its folds and seeds), or one `fold<k>-seed<s>` folder.
+        out: where to write.
+
+    Returns:
+        The rows of `predictions.csv`.
+
+    Raises:
+        UsageError: no finished model, or models and splits that do not belong together.
+        EncoderMismatchError: the bags are another encoder's.
+    """
+    config = config or PredictConfig()
+    bag_folder, run = BagFolder(bags), _read_run(Path(model))
+    _check_encoder(bag_folder, run)
+    device = resolve_device(config.device)
+    for trained in run.models:
+        trained.model.to(device)
+    (Path(out) / "scores").mkdir(parents=True, exist_ok=True)
+    sweep_temporary_files(Path(out) / "scores")
+    statuses = slides_of_job(bag_folder)
+    rows: list[dict] = []
+    not_tested = 0
+    groups = _groups(bag_folder, run, config)
+    for name, slide_ids in progress(list(groups.items()), "predict", unit=config.bag, quiet=quiet):
+        models, fold, split = run.models_for(slide_ids[0])
+        if not models:
+            not_tested += 1
+            continue
+        row = run.describe(slide_ids, bag_folder, statuses) | {"fold": fold, "split": split}
+        if config.bag == "patient":
+            row["slide_id"] = name
+        filled = [slide_id for slide_id in slide_ids if bag_folder.n_valid(slide_id) > 0]
+        if not filled:
+            rows.append(row | {"status": "empty"})
+            continue
+        row |= _predict_one(bag_folder, filled, models, run.task, device, Path(out))
+        rows.append(row | {"status": "done"})
+    if not_tested:
+        say(f"{not_tested} slides are in no test fold of this model, so they are not predicted")
+    for status in statuses.values():
+        if status.status == "failed" and status.slide_id not in bag_folder.headers:
+            _, fold, split = run.models_for(status.slide_id)
+            rows.append(run.describe([status.slide_id], bag_folder, statuses) | {"fold": fold, "split": split, "status": "failed"})
+    table = pd.DataFrame(rows, columns=_columns(run.task)).sort_values("slide_id", ignore_index=True)
+    save_settings(Path(out) / "config.yaml", Settings(predict=config), ["predict"])
+    with atomic_path(Path(out) / "predictions.csv") as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
+    return table
+
+
+def _columns(task: Task) -> list[str]:
+    head = ["slide", "slide_id", "patient", "fold", "split", "status", "label"]
+    if task.kind == "regression":
+        return [*head, "value"]
+    return [*head, *(f"prob_{name}" for name in task.classes), "prediction", "threshold"]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The models of a run and the cohort they were trained on."""
+
+    models: list[TrainedModel]
+    splits: pd.DataFrame
+    labels: pd.DataFrame  # by slide_id
+
+    @property
+    def task(self) -> Task:
+        return self.models[0].task
+
+    def models_for(self, slide_id: str) -> tuple[list[TrainedModel], str, str]:
+        """Models that may predict a slide, the fold they stand for, and the slide's split: test or new."""
+        mine = self.splits[self.splits["slide_id"] == slide_id]
+        if mine.empty:
+            if slide_id in self.labels.index and self.labels.loc[slide_id, "patient"] in set(self.splits["patient"]):
+                # an empty or failed slide of a patient who was trained on
+                patient = self.splits["patient"] == self.labels.loc[slide_id, "patient"]
+                mine = self.splits[patient].drop_duplicates(["fold", "split"])
+            else:
+                return self.models, "ensemble", "new"
+        folds = sorted(mine.loc[mine["split"] == "test", "fold"].tolist())
+        chosen = [model for model in self.models if model.fold in folds]
+        return chosen, ";".join(map(str, folds)), "test"
+
+    def describe(self, slide_ids: list[str], bags: BagFolder, statuses: dict[str, Row]) -> dict[str, str]:
+        """What the table says of a slide, or of the slides of a patient."""
+        names, patient, label = [], slide_ids[0], ""
+        for slide_id in slide_ids:
+            known = slide_id in self.labels.index
+            names.append(str(self.labels.loc[slide_id, "slide"]) if known else statuses[slide_id].slide if slide_id in statuses else slide_id)
+            if known:
+                patient, label = str(self.labels.loc[slide_id, "patient"]), str(self.labels.loc[slide_id, "label"])
+        return {"slide": ";".join(names), "slide_id": slide_ids[0], "patient": patient, "label": label}
+
+
+def _read_run(folder: Path) -> _Run:
+    folders = [folder] if (folder / "model.json").exists() else sorted(path.parent for path in folder.glob("fold*-seed*/model.json"))
+    if not folders:
+        raise UsageError(f"{folder}: no finished model in it; `wsimil train` makes one")
+    models = [load_model(path) for path in folders]
+    root = folder.parent if folders == [folder] else folder
+    splits = read_splits(root / "splits.csv")
+    expected = splits_hash(splits)
+    for model in models:
+        if model.splits_hash != expected:
+            raise UsageError(
+                f"{model.folder.name} was trained on other splits than {root / 'splits.csv'}; "
+                "its test slides cannot be told from its training slides: train again"
+            )
+        if model.task.kind != models[0].task.kind or model.task.classes != models[0].task.classes:
+            raise UsageError(f"{model.folder.name} solves another task than {models[0].folder.name}; keep runs in folders of their own")
+    labels = pd.read_csv(root / "labels.csv", dtype=str, keep_default_na=False).set_index("slide_id")
+    return _Run(models, splits, labels)
+
+
+def _check_encoder(bags: BagFolder, run: _Run) -> None:
+    for model in run.models:
+        if model.encoder != bags.encoder:
+            raise EncoderMismatchError(
+                f"{bags.folder} was made by encoder {bags.encoder[0]} ({bags.encoder[1][:8]}), "
+                f"{model.folder.name} learned from {model.encoder[0]} ({model.encoder[1][:8]}); extract with the model's encoder"
+            )
+        learned = model.content.get("effective_mpp")
+        seen = next(iter(bags.headers.values())).attributes.get("effective_mpp")
+        if learned and seen and abs(float(seen) / learned - 1) > 0.02:
+            raise EncoderMismatchError(
+                f"{bags.folder} is seen at {float(seen):.3g} µm/px, {model.folder.name} learned at {learned:.3g}; extract at the model's scale"
+            )
+
+
+def _groups(bags: BagFolder, run: _Run, config: PredictConfig) -> dict[str, list[str]]:
+    if config.bag == "slide":
+        return {slide_id: [slide_id] for slide_id in bags.slide_ids}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for slide_id in bags.slide_ids:
+        groups[str(run.labels.loc[slide_id, "patient"]) if slide_id in run.labels.index else slide_id].append(slide_id)
+    return dict(groups)
+
+
+def _predict_one(bags: BagFolder, slide_ids: list[str], models: list[TrainedModel], task: Task, device: str, out: Path) -> dict:
+    """Predict slides as one bag; write their tile scores; return the columns of the prediction."""
+    batch = _one_bag([bags.load(slide_id) for slide_id in slide_ids]).to(device)
+    with torch.inference_mode():
+        outputs = [model.model(batch, explain=True) for model in models]
+    scores = _tile_scores(outputs, models, batch, task)
+    start = 0
+    for slide_id in slide_ids:
+        bag = bags.read(slide_id)
+        rows = slice(start, start + int(bag.valid.sum()))
+        _write_scores(out / "scores" / f"{slide_id}.h5", bag, {name: values[rows] for name, values in scores.items()}, models)
+        start = rows.stop
+    logits = [output.logits.float().cpu().numpy() for output in outputs]
+    if task.kind == "regression":
+        return {"value": float(np.mean([model.task.values(one)[0] for model, one in zip(models, logits, strict=True)]))}
+    each = [task.probabilities(one, model.temperature)[0] for model, one in zip(models, logits, strict=True)]
+    probabilities = np.mean(each, axis=0)
+    columns: dict = {f"prob_{name}": float(value) for name, value in zip(task.classes, probabilities, strict=True)}
+    if task.kind == "binary":
+        threshold = float(np.mean([0.5 if model.threshold is None else model.threshold for model in models]))
+        return columns | {"prediction": task.classes[int(probabilities[1] >= threshold)], "threshold": threshold}
+    return columns | {"prediction": task.classes[int(probabilities.argmax())]}
+
+
+def _one_bag(bags: list[BagBatch]) -> BagBatch:
+    """Slides pooled: one bag. Positions are dropped when there are several, for slides have no common frame."""
+    if len(bags) == 1:
+        return bags[0]
+    packed = pack(bags)
+    return replace(
+        packed,
+        offsets=torch.tensor([0, len(packed.features)]),
+        coords_um=None,
+        tile_um=None,
+        slide_ids=("+".join(packed.slide_ids),),
+    )
+
+
+def _tile_scores(outputs: list[BagOutput], models: list[TrainedModel], batch: BagBatch, task: Task) -> dict[str, np.ndarray]:
+    """What the models say of each tile, averaged over models: each (n valid, ·) float32."""
+    parts: dict[str, list[np.ndarray]] = defaultdict(list)
+    for output, model in zip(outputs, models, strict=True):
+        if output.attention_logits is not None:
+            parts["attention"].append(segment_softmax(output.attention_logits, batch).cpu().numpy())
+        if output.tile_logits is not None:
+            logits = output.tile_logits.float().cpu().numpy()
+            if task.kind == "regression":
+                parts["tile_value"].append(model.task.values(logits)[:, None])
+            else:
+                probabilities = task.probabilities(logits)
+                parts["tile_prob"].append(probabilities[:, 1:] if task.kind == "binary" else probabilities)
+        if output.contributions is not None:
+            parts["contributions"].append(output.contributions.float().cpu().numpy())
+    return {name: np.mean(values, axis=0).astype(np.float32) for name, values in parts.items()}
+
+
+def _write_scores(path: Path, bag: Bag, scores: dict[str, np.ndarray], models: list[TrainedModel]) -> None:
+    """Scores on the rows of the bag; rows that are not valid are NaN."""
+    datasets = {"coords": Dataset(bag.coords_level0_px)}
+    for name, values in scores.items():
+        full = np.full((len(bag.valid), values.shape[1]), np.nan, np.float32)
+        full[bag.valid] = values
+        datasets[name] = Dataset(full)
+    kept = ("slide_id", "slide_fingerprint", "mpp", "tile_level0_px", "tile_px", "overlap_px", "level0_width", "level0_height")
+    aggregator = models[0].model
+    write_hdf5(
+        path,
+        datasets,
+        {
+            "format": "wsimil-scores",
+            "format_version": 1,
+            **{name: bag.attributes.get(name) for name in (*kept, "bounds_x", "bounds_y")},
+            "model_hash": hash_of(sorted(file_sha256(model.folder / "model.safetensors") for model in models)),
+            "models": [model.folder.name for model in models],
+            "class_names": list(models[0].task.output_names),
+            "contribution_kind": aggregator.contribution_kind,
+            "map_kind": "contributions" if "contributions" in scores else "attention",
+        },
+    )

@@ -1,0 +1,4 @@
+"""Pixels: which slides there are, any region of one at any µm/px, where tissue is and where tiles go.
+
+Import from the modules: `wsimil.slides.slide`, `wsimil.slides.tiling`, `wsimil.slides.tissue`, `wsimil.slides.cohort`.
+"""

@@ -1,0 +1,153 @@
+"""A whole study as one command: which stages are stale, and what is done again.
+
+- Every stage reads files and writes files; what it depends on is hashed, and a stage runs when that hash or its output is gone.
+- Extraction and training keep their own books slide by slide and run by run, so they are always asked and cost little.
+- `study.yaml` holds the resolved settings: the study can be made again from it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from wsimil.bags.splits import splits_hash, write_splits
+from wsimil.bags.dataset import BagFolder
+from wsimil.config import SECTIONS, Settings, as_mapping, save_settings
+from wsimil.errors import WsimilError
+from wsimil.evaluation import write_evaluation
+from wsimil.evaluation.table import read_predictions
+from wsimil.extraction import extract_features
+from wsimil.files import file_sha256, hash_of, read_json, write_json
+from wsimil.heatmaps import draw_heatmaps
+from wsimil.prediction import predict
+from wsimil.report import write_report
+from wsimil.training import prepare_cohort, train
+
+__all__ = ["Study", "run_study"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study came to."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    failed: list[str]  # a line per slide that failed somewhere
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        return read_predictions(self.folder / "predictions" / "predictions.csv")
+
+
+def run_study(
+    slides: str | Path,
+    labels: str | Path,
+    out: str | Path,
+    *,
+    splits: str | Path | None = None,
+    settings: Settings | None = None,
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> Study:
+    """tile → extract → split → train → predict → evaluate → heatmap → report; stages whose inputs are unchanged are kept.
+
+    Args:
+        slides: folder of slides, one slide, or CSV.
+        labels: table with `slide`, the target column, optional `patient` and `site`.
+        out: the study's folder.
+        splits: folds to use; made by patient if not given.
+    """
+    settings, out = settings or Settings(), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_settings(out / "study.yaml", settings, SECTIONS)
+    books = _Books(out / "logs" / "stages.json", say)
+
+    say("extract: slides to bags")
+    extraction = extract_features(
+        slides, out / "bags", tile=settings.tile, extract=settings.extract, quiet=quiet, say=say
+    )
+    failed = [f"{row.slide_id}: {row.reason}" for row in extraction.failed]
+    bags = extraction.features_folder
+    if not bags.exists():
+        raise WsimilError(f"no slide gave a bag; {out / 'bags' / 'status.csv'} says why")
+
+    folder = BagFolder(bags)
+    cohort = prepare_cohort(folder, labels, splits=splits, labels_config=settings.labels, split_config=settings.split)
+    write_splits(out / "splits.csv", cohort.splits)
+
+    say("train: one model per fold and seed")
+    run = out / "runs" / settings.train.aggregator
+    runs = train(bags, labels, run, splits=out / "splits.csv", settings=settings, quiet=quiet, say=say)
+    wanted = {path.name for path in runs}
+    models = {path.parent.name: file_sha256(path) for path in sorted(run.glob("fold*-seed*/model.safetensors"))}
+    for name in sorted(set(models) - wanted) if settings.train.fold == "all" else []:
+        say(f"{name} is of an earlier setting; it is left alone and takes part in predictions: delete {run / name} to leave it out")
+
+    # test and new slides count here: a bag made anew is predicted anew
+    content = [folder.fingerprint(slide_id) for slide_id in folder.slide_ids]
+    predictions = out / "predictions"
+    books.stage(
+        "predict",
+        [content, failed, models, splits_hash(cohort.splits), file_sha256(run / "labels.csv"), as_mapping(settings, ["predict"])],
+        predictions / "predictions.csv",
+        lambda: predict(bags, run, predictions, config=settings.predict, quiet=quiet, say=say),
+    )
+    table_hash = file_sha256(predictions / "predictions.csv")
+    task = cohort.task
+    books.stage(
+        "evaluate",
+        [table_hash, as_mapping(settings, ["evaluate"])],
+        out / "evaluation" / "metrics.json",
+        lambda: write_evaluation(
+            out / "evaluation",
+            read_predictions(predictions / "predictions.csv"),
+            kind=task.kind,
+            classes=task.classes or None,
+            positive=task.classes[-1] if task.kind == "binary" else None,
+            n_bootstrap=settings.evaluate.bootstrap,
+            seed=settings.evaluate.seed,
+        ),
+    )
+
+    def heatmaps() -> None:
+        failed.extend(draw_heatmaps(predictions, slides, out / "heatmaps", config=settings.heatmap, quiet=quiet, say=say))
+
+    books.stage(
+        "heatmap",
+        [table_hash, content, models, as_mapping(settings, ["heatmap"]), str(Path(slides).resolve())],
+        out / "heatmaps",
+        heatmaps,
+    )
+    metrics = read_json(out / "evaluation" / "metrics.json")
+    write_report(out)
+    return Study(out, metrics, failed)
+
+
+class _Books:
+    """Which stage was done from which inputs."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say = path, say
+        try:
+            self.keys: dict[str, str] = read_json(path)
+        except (OSError, ValueError):
+            self.keys = {}
+
+    def stage(self, name: str, inputs: Any, output: Path, work: Callable[[], Any]) -> None:
+        key = hash_of(inputs)
+        if self.keys.get(name) == key and output.exists():
+            self.say(f"{name}: unchanged")
+            return
+        started = time.monotonic()
+        self.keys.pop(name, None)  # half-done work must not look done
+        write_json(self.path, self.keys)
+        self.say(f"{name} …")
+        work()
+        self.keys[name] = key
+        write_json(self.path, self.keys)
+        self.say(f"{name}: {time.monotonic() - started:.0f} s")
