@@ -89,6 +89,20 @@ def test_features_must_be_a_table():
         BagBatch(torch.zeros(1, 3, 2), torch.tensor([0, 3])).checked()
 
 
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"coords_um": torch.zeros(2, 2)}, r"coords_um.*\(2, 2\).*\(3, 2\)"),
+        ({"tile_um": torch.ones(3)}, r"tile_um.*\(3,\).*\(2,\)"),
+        ({"slide_ids": ("a",)}, r"1 slide_ids.*2 bags"),
+    ],
+)
+def test_every_part_must_fit_the_others(part, said):
+    batch = pack([make_bag(1), make_bag(2)])
+    with pytest.raises(AggregatorInputError, match=said):
+        replace(batch, **part).checked()
+
+
 def test_moving_changes_the_features_type_only():
     moved = pack([make_bag(2), make_bag(1)]).to("cpu", torch.float16)
     assert moved.features.dtype == torch.float16

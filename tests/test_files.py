@@ -126,6 +126,12 @@ def test_two_writers_of_one_file_keep_apart(tmp_path):
     assert everything_in(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.parametrize("stem", [250 * "x", 80 * "切"], ids=["latin", "chinese"])
+def test_the_longest_names_can_be_written(tmp_path, stem):
+    write_text(tmp_path / f"{stem}.h5", "whole")  # 253 and 243 bytes of the 255 that a file name may have
+    assert everything_in(tmp_path) == [f"{stem}.h5"]
+
+
 def test_sweeping_takes_what_dead_runs_left_and_nothing_else(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", "pass"])
     dead.wait()

@@ -18,7 +18,7 @@ PACKAGE = Path(wsimil.errors.__file__).parent
 GROUND = {"units", "errors", "config", "batch", "task", "files", "hdf5"}
 PARTS = {"slides", "encoders", "bags", "aggregators", "evaluation"}
 OBJECTIVES = {"objectives"}
-WORKFLOWS = {"extraction", "pretraining", "training", "prediction", "heatmaps", "study", "report", "viewer", "doctor"}
+WORKFLOWS = {"extraction", "pretraining", "training", "prediction", "heatmaps", "study", "report", "viewer", "doctor", "progress"}
 TOP = {"cli", "demo", "__main__", "__init__"}
 EVERYTHING = GROUND | PARTS | OBJECTIVES | WORKFLOWS | TOP
 

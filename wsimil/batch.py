@@ -63,6 +63,14 @@ class BagBatch:
                 f"offsets run from {int(self.offsets[0])} to {int(self.offsets[-1])}; "
                 f"expected 0 to {len(self.features)}, the number of instances"
             )
+        for name, part, expected in (
+            ("coords_um", self.coords_um, (len(self.features), 2)),
+            ("tile_um", self.tile_um, (len(self),)),
+        ):
+            if part is not None and tuple(part.shape) != expected:
+                raise AggregatorInputError(f"{name} has shape {tuple(part.shape)}; expected {expected}")
+        if self.slide_ids and len(self.slide_ids) != len(self):
+            raise AggregatorInputError(f"{len(self.slide_ids)} slide_ids for {len(self)} bags")
         smallest = self.sizes.min() if len(self) else torch.tensor(1)
         if int(smallest) < 1:
             bag = int(self.sizes.argmin())
@@ -187,7 +195,8 @@ class LabelledBags:
 class Objective(nn.Module):
     """What is minimised. All its state lives in buffers and sub-modules, so it resumes with the checkpoint.
 
-    Only `losses` must be written. Techniques wrap one another: an objective may hold another and call it.
+    Only `losses` must be written. Techniques wrap one another: an objective may hold another and hands every hook on to it.
+    A reference to the model's own layers is kept outside the module tree (in a tuple): the model is not the objective's state.
     """
 
     def prepare(self, model: nn.Module) -> None:
@@ -221,5 +230,8 @@ class EncodesTokens(Protocol):
     """A ViT as masked-image objectives see it."""
 
     def encode_tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """images (B, 3, height, width), keep (B, M) indices of visible patches → (B, M or all, D)."""
+        """images (B, 3, height, width), keep (B, M) indices of visible patches → patch tokens (B, M or all, D).
+
+        Patches are counted row by row; class and register tokens are not among them.
+        """
         ...

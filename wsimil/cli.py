@@ -130,7 +130,9 @@ def _parser(name: str, command: Command) -> _Parser:
             if setting.name not in shown:
                 group.add_argument(f"--{flag}", dest=f"set:{setting.name}", **keywords)
                 shown.add(setting.name)
-            group.add_argument(f"--{section}.{flag}", dest=f"set:{section}.{setting.name}", **{**keywords, "help": argparse.SUPPRESS})
+            group.add_argument(
+                f"--{section}.{flag}", dest=f"set:{section}.{setting.name}", **{**keywords, "help": argparse.SUPPRESS}
+            )
     return parser
 
 
@@ -143,7 +145,12 @@ def _keywords(setting: dataclasses.Field, hint: Any) -> dict[str, Any]:
     meaning = setting.metadata["help"].replace("%", "%%") + (f" (default: {shown})" if shown and default is not True else "")
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction, "default": None, "help": meaning + (" (default: yes)" if default else "")}
-    choices = [choice for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is typing.Literal for choice in typing.get_args(part)]
+    choices = [
+        choice
+        for part in (hint, *typing.get_args(hint))
+        if typing.get_origin(part) is typing.Literal
+        for choice in typing.get_args(part)
+    ]
     metavar = "|".join(choices) if choices else setting.name.split("_")[-1].upper()
     return {"default": None, "metavar": metavar, "help": meaning, **({"nargs": "+"} if isinstance(default, tuple) else {})}
 
@@ -176,7 +183,13 @@ def _run(arguments: argparse.Namespace, settings: Settings, say: Callable[[str],
     from wsimil.study import run_study
 
     study = run_study(
-        arguments.slides, arguments.labels, arguments.out, splits=arguments.splits, settings=settings, quiet=arguments.quiet, say=say
+        arguments.slides,
+        arguments.labels,
+        arguments.out,
+        splits=arguments.splits,
+        settings=settings,
+        quiet=arguments.quiet,
+        say=say,
     )
     if arguments.json:
         print(json.dumps({"out": str(study.folder), "metrics": study.metrics, "failed": study.failed}))
@@ -303,7 +316,9 @@ def _slides_ending(rows: list, arguments: argparse.Namespace, where: str = "") -
     else:
         print(f"{len(rows)} slides: {', '.join(f'{count} {status}' for status, count in counts.items() if count)}")
         print(where or f"tiles: {arguments.out}")
-    return _ending([f"{row.slide_id}: {row.reason}" for row in rows if row.status == "failed"], status=Path(arguments.out) / "status.csv")
+    return _ending(
+        [f"{row.slide_id}: {row.reason}" for row in rows if row.status == "failed"], status=Path(arguments.out) / "status.csv"
+    )
 
 
 def _ending(failed: list[str], *, status: Path | None = None) -> int:
@@ -330,7 +345,10 @@ def _headline(metrics: dict[str, Any]) -> str:
 _SLIDES = (("slides",), {"metavar": "SLIDES", "help": "folder (searched recursively), one slide, or CSV with a `slide` column"})
 _BAGS = (("bags",), {"metavar": "BAGS", "help": "job folder or features_* folder"})
 _PREDICTIONS = (("predictions",), {"metavar": "PREDICTIONS", "help": "folder with predictions.csv"})
-_LABELS = (("--labels",), {"required": True, "metavar": "CSV", "help": "table with `slide`, the target, optional `patient`, `site`"})
+_LABELS = (
+    ("--labels",),
+    {"required": True, "metavar": "CSV", "help": "table with `slide`, the target, optional `patient`, `site`"},
+)
 _SPLITS = (("--splits",), {"metavar": "CSV", "help": "folds to use; made by patient if not given"})
 _JSON = (("--json",), {"action": "store_true", "help": "result as JSON on stdout"})
 
@@ -371,7 +389,10 @@ COMMANDS: dict[str, Command] = {
         "folds that keep patients apart",
         "wsimil split labels.csv --out splits.csv --folds 5",
         _split,
-        ((("labels",), {"metavar": "LABELS", "help": "table with `slide`, the target, optional `patient`, `site`"}), _out("splits.csv")),
+        (
+            (("labels",), {"metavar": "LABELS", "help": "table with `slide`, the target, optional `patient`, `site`"}),
+            _out("splits.csv"),
+        ),
         ("labels", "split"),
     ),
     "train": Command(
@@ -385,7 +406,11 @@ COMMANDS: dict[str, Command] = {
         "models and bags to predictions and tile scores",
         "wsimil predict job/ --model runs/abmil --out predictions/",
         _predict,
-        (_BAGS, (("--model",), {"required": True, "metavar": "RUN", "help": "folder of a run, or of one of its folds"}), _out("predictions/")),
+        (
+            _BAGS,
+            (("--model",), {"required": True, "metavar": "RUN", "help": "folder of a run, or of one of its folds"}),
+            _out("predictions/"),
+        ),
         ("predict",),
     ),
     "evaluate": Command(

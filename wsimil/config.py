@@ -85,6 +85,9 @@ class ExtractConfig:
     encoder: str = option(
         "texture", "texture | registry or timm name | hf-hub:org/model | local file or folder | random:<timm name>[:seed]"
     )
+    embedding: Literal["default", "self-vit-mil"] = option(
+        "default", "a ViT's own pooling, or class tokens of the last four blocks and the mean patch token (5 x width)"
+    )
     batch_size: int = option(64, "tiles in a forward pass of the encoder")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU when there is one")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "arithmetic of the encoder; auto: bf16 on a GPU, fp32 else")
@@ -237,7 +240,10 @@ def keys_of(sections: Iterable[str]) -> dict[str, list[str]]:
 
 
 def read_settings(
-    sections: Iterable[str], config: Path | None = None, overrides: Mapping[str, Any] | None = None, defaults: Settings | None = None
+    sections: Iterable[str],
+    config: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    defaults: Settings | None = None,
 ) -> Settings:
     """Defaults, then the YAML file, then the overrides (key → value, or text as typed).
 
@@ -327,6 +333,10 @@ def _coerce(kind: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"{key} is {value!r}; expected true or false")
         return text in ("true", "yes")
     if kind is str:
+        if isinstance(value, bool):
+            raise ConfigError(f"{key} is {value}; expected text (YAML reads yes, no, on, off as true or false: use quotes)")
+        if not isinstance(value, str | int | float):
+            raise ConfigError(f"{key} is {value!r}; expected text")
         return str(value)
     try:
         if isinstance(value, bool):
@@ -347,7 +357,9 @@ def _coerce(kind: Any, value: Any, key: str) -> Any:
 def as_mapping(settings: Settings, sections: Iterable[str]) -> dict[str, Any]:
     """Plain nested values, as they stand in YAML."""
     return {
-        section: {key: list(value) if isinstance(value, tuple) else value for key, value in vars(getattr(settings, section)).items()}
+        section: {
+            key: list(value) if isinstance(value, tuple) else value for key, value in vars(getattr(settings, section)).items()
+        }
         for section in sections
     }
 

@@ -41,8 +41,8 @@ class HottestTile:
 def hottest_tiles(study: Study, truth: Path) -> list[HottestTile]:
     """For every slide with planted tumour: does its hottest tile touch it?"""
     result = []
-    labels = study.predictions.set_index("slide_id")["label"]
-    for slide_id in labels.index[labels == "tumour"]:
+    rows = study.predictions
+    for slide_id in rows.loc[(rows["label"] == "tumour") & (rows["status"] == "done"), "slide_id"].tolist():
         tile_map = read_tile_map(study.folder / "predictions" / "scores" / f"{slide_id}.h5", class_name="tumour")
         tumour = shapely.union_all(
             [shapely.geometry.shape(feature["geometry"]) for feature in read_json(truth / f"{slide_id}.geojson")["features"]]
@@ -78,4 +78,3 @@ def run_demo(out: Path, *, n_slides: int = 24, quiet: bool = False, say: Callabl
     print(f"heatmaps: {study.folder / 'heatmaps'} (PNG to look at, GeoJSON for QuPath)")
     print(f"report:   {study.folder / 'report.html'}")
     return 1 if study.failed else 0
-

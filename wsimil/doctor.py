@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-import openslide
 import torch
 
 from wsimil.encoders import describe_encoder
@@ -23,7 +22,6 @@ def examine(encoder: str | None = None) -> str:
             lines.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             lines.append(f"{package}: not installed by pip")
-    lines.append(f"OpenSlide library {openslide.__library_version__}")
     lines.append(f"CPU threads for torch: {torch.get_num_threads()}")
     if torch.cuda.is_available():
         lines += [f"GPU {index}: {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]

@@ -19,11 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 __all__ = [
+    "OUTPUT_MARK",
     "SLIDE_SUFFIXES",
     "atomic_path",
     "file_sha256",
     "fingerprint",
     "hash_of",
+    "mark_output",
     "read_json",
     "slide_id_from_path",
     "slide_name",
@@ -76,6 +78,15 @@ def slide_name(slide_id: str) -> str:
     return slide_id.split("__")[-1].replace("%5F", "_").replace("%25", "%")
 
 
+OUTPUT_MARK = ".wsimil-output"
+
+
+def mark_output(folder: Path) -> None:
+    """Make `folder` and mark it as written by wsimil: the search for slides passes over it, wherever it lies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OUTPUT_MARK).touch()
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; on success it is synced and renamed to `path`, else removed.
@@ -85,7 +96,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
-    temporary = path.parent / f".{path.stem}.tmp-{host}-{os.getpid()}-{time.monotonic_ns()}{path.suffix}"
+    # the stem is cut: together with the rest of the name it must stay below the 255 bytes that a file system allows
+    temporary = path.parent / f".{path.stem[:40]}.tmp-{host[:40]}-{os.getpid()}-{time.monotonic_ns()}{path.suffix}"
     try:
         yield temporary
         _sync(temporary)
@@ -98,8 +110,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def sweep_temporary_files(folder: Path) -> None:
     """Remove what killed runs of this machine left in `folder`; files of living processes and of other hosts stay."""
     host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
-    for leftover in folder.glob(f".*.tmp-{host}-*"):
-        match = re.search(r"\.tmp-" + re.escape(host) + r"-(\d+)-\d+", leftover.name)
+    for leftover in folder.glob(f".*.tmp-{host[:40]}-*"):
+        match = re.search(r"\.tmp-" + re.escape(host[:40]) + r"-(\d+)-\d+", leftover.name)
         if match and not Path(f"/proc/{match[1]}").exists() and Path("/proc/self").exists():
             leftover.unlink(missing_ok=True)
 

@@ -2,7 +2,7 @@
 
 - One model of the raster: every tile is a square in level-0 pixels; where tiles overlap, their mean.
 - The map is the signed contribution to the predicted class where the model has exact ones (0 is neutral, red speaks for it,
-  blue against), else attention as multiples of a uniform weight. The raw scores stay in `scores/`; colours never enter a file of numbers.
+  blue against), else attention as multiples of a uniform weight. The raw scores stay in `scores/`.
 - QuPath's origin is OpenSlide's bounds offset, so that is subtracted in GeoJSON (`--qupath-bounds keep` leaves it).
 """
 
@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
 from wsimil.config import HeatmapConfig
 from wsimil.errors import BagFormatError, SlideError, UsageError, WsimilError
 from wsimil.evaluation.table import read_predictions
-from wsimil.files import atomic_path, write_text
+from wsimil.files import atomic_path, mark_output, write_text
 from wsimil.hdf5 import open_hdf5, read_attributes
 from wsimil.progress import progress
 from wsimil.slides.cohort import SlideFile, find_slides
@@ -154,27 +153,27 @@ def draw_heatmaps(
     """
     config = config or HeatmapConfig()
     predictions, out = Path(predictions), Path(out)
-    table = read_predictions(predictions / "predictions.csv").set_index("slide_id")
+    table = read_predictions(predictions / "predictions.csv")
+    rows: dict[str, dict[str, Any]] = {row["slide_id"]: row for row in table.to_dict("records")}
     scores = sorted(path for path in (predictions / "scores").glob("*.h5") if not path.name.startswith("."))
     if not scores:
         raise UsageError(f"{predictions}: no scores/*.h5 in it; `wsimil predict` makes them")
     files = {file.slide_id: file for file in find_slides(slides)}
-    out.mkdir(parents=True, exist_ok=True)
+    mark_output(out)
     wrong: list[str] = []
     for path in progress(scores, "heatmap", unit="slide", quiet=quiet):
         slide_id = path.stem
         try:
             if slide_id not in files:
                 raise SlideError(f"not among the {len(files)} slides of {slides}")
-            row = table.loc[slide_id] if slide_id in table.index else None
-            _draw_one(path, files[slide_id], row, out, config)
+            _draw_one(path, files[slide_id], rows.get(slide_id, {}), out, config)
         except WsimilError as error:
             wrong.append(f"{slide_id}: {error}")
     return wrong
 
 
-def _draw_one(scores: Path, file: SlideFile, row: pd.Series | None, out: Path, config: HeatmapConfig) -> None:
-    predicted = None if row is None or "prediction" not in row else str(row["prediction"])
+def _draw_one(scores: Path, file: SlideFile, row: dict[str, Any], out: Path, config: HeatmapConfig) -> None:
+    predicted = str(row["prediction"]) if "prediction" in row else None
     tile_map = read_tile_map(scores, config.map, class_name=predicted)
     if "png" in config.format:
         with Slide(file.path) as slide:
@@ -193,8 +192,8 @@ def _draw_one(scores: Path, file: SlideFile, row: pd.Series | None, out: Path, c
         write_text(out / f"{tile_map.slide_id}.geojson", json.dumps(content, separators=(",", ":")))
 
 
-def _caption(tile_map: TileMap, row: pd.Series | None) -> str:
-    if row is None or row.get("status") != "done":
+def _caption(tile_map: TileMap, row: dict[str, Any]) -> str:
+    if row.get("status") != "done":
         return tile_map.slide_id
     if "value" in row:
         return f"{tile_map.slide_id}   predicted {row['value']:.3g}" + (f"   true {row['label']}" if str(row["label"]) else "")

@@ -121,11 +121,10 @@ class _Run:
         if mine.empty:
             if slide_id in self.labels.index and self.labels.loc[slide_id, "patient"] in set(self.splits["patient"]):
                 # an empty or failed slide of a patient who was trained on
-                patient = self.splits["patient"] == self.labels.loc[slide_id, "patient"]
-                mine = self.splits[patient].drop_duplicates(["fold", "split"])
+                mine = self.splits[self.splits["patient"] == self.labels.loc[slide_id, "patient"]]
             else:
                 return self.models, "ensemble", "new"
-        folds = sorted(mine.loc[mine["split"] == "test", "fold"].tolist())
+        folds = sorted(set(mine.loc[mine["split"] == "test", "fold"].tolist()))
         chosen = [model for model in self.models if model.fold in folds]
         return chosen, ";".join(map(str, folds)), "test"
 
@@ -134,14 +133,18 @@ class _Run:
         names, patient, label = [], slide_ids[0], ""
         for slide_id in slide_ids:
             known = slide_id in self.labels.index
-            names.append(str(self.labels.loc[slide_id, "slide"]) if known else statuses[slide_id].slide if slide_id in statuses else slide_id)
+            names.append(
+                str(self.labels.loc[slide_id, "slide"]) if known else statuses[slide_id].slide if slide_id in statuses else slide_id
+            )
             if known:
                 patient, label = str(self.labels.loc[slide_id, "patient"]), str(self.labels.loc[slide_id, "label"])
         return {"slide": ";".join(names), "slide_id": slide_ids[0], "patient": patient, "label": label}
 
 
 def _read_run(folder: Path) -> _Run:
-    folders = [folder] if (folder / "model.json").exists() else sorted(path.parent for path in folder.glob("fold*-seed*/model.json"))
+    folders = (
+        [folder] if (folder / "model.json").exists() else sorted(path.parent for path in folder.glob("fold*-seed*/model.json"))
+    )
     if not folders:
         raise UsageError(f"{folder}: no finished model in it; `wsimil train` makes one")
     models = [load_model(path) for path in folders]
@@ -155,7 +158,9 @@ def _read_run(folder: Path) -> _Run:
                 "its test slides cannot be told from its training slides: train again"
             )
         if model.task.kind != models[0].task.kind or model.task.classes != models[0].task.classes:
-            raise UsageError(f"{model.folder.name} solves another task than {models[0].folder.name}; keep runs in folders of their own")
+            raise UsageError(
+                f"{model.folder.name} solves another task than {models[0].folder.name}; keep runs in folders of their own"
+            )
     labels = pd.read_csv(root / "labels.csv", dtype=str, keep_default_na=False).set_index("slide_id")
     return _Run(models, splits, labels)
 
@@ -171,7 +176,8 @@ def _check_encoder(bags: BagFolder, run: _Run) -> None:
         seen = next(iter(bags.headers.values())).attributes.get("effective_mpp")
         if learned and seen and abs(float(seen) / learned - 1) > 0.02:
             raise EncoderMismatchError(
-                f"{bags.folder} is seen at {float(seen):.3g} µm/px, {model.folder.name} learned at {learned:.3g}; extract at the model's scale"
+                f"{bags.folder} is seen at {float(seen):.3g} µm/px, {model.folder.name} learned at {learned:.3g}; "
+                "extract at the model's scale"
             )
 
 

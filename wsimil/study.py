@@ -15,14 +15,14 @@ from typing import Any
 
 import pandas as pd
 
-from wsimil.bags.splits import splits_hash, write_splits
 from wsimil.bags.dataset import BagFolder
+from wsimil.bags.splits import splits_hash, write_splits
 from wsimil.config import SECTIONS, Settings, as_mapping, save_settings
 from wsimil.errors import WsimilError
 from wsimil.evaluation import write_evaluation
 from wsimil.evaluation.table import read_predictions
 from wsimil.extraction import extract_features
-from wsimil.files import file_sha256, hash_of, read_json, write_json
+from wsimil.files import file_sha256, hash_of, mark_output, read_json, write_json
 from wsimil.heatmaps import draw_heatmaps
 from wsimil.prediction import predict
 from wsimil.report import write_report
@@ -63,14 +63,12 @@ def run_study(
         splits: folds to use; made by patient if not given.
     """
     settings, out = settings or Settings(), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    mark_output(out)
     save_settings(out / "study.yaml", settings, SECTIONS)
     books = _Books(out / "logs" / "stages.json", say)
 
     say("extract: slides to bags")
-    extraction = extract_features(
-        slides, out / "bags", tile=settings.tile, extract=settings.extract, quiet=quiet, say=say
-    )
+    extraction = extract_features(slides, out / "bags", tile=settings.tile, extract=settings.extract, quiet=quiet, say=say)
     failed = [f"{row.slide_id}: {row.reason}" for row in extraction.failed]
     bags = extraction.features_folder
     if not bags.exists():

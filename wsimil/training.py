@@ -13,6 +13,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -281,7 +282,7 @@ def train(
     save_settings(out / "config.yaml", settings, ["labels", "split", "train"])
     runs = []
     for fold in folds:
-        sides = cohort.splits[(cohort.splits["fold"] == fold) & (cohort.splits["split"] != "test")]
+        sides = cohort.splits.query("fold == @fold and split != 'test'")
         for seed in range(config.seed, config.seed + config.seeds):
             run = out / f"fold{fold}-seed{seed}"
             line = _train_one(run, bag_folder, cohort, sides, fold, replace(config, seed=seed, seeds=1, fold=str(fold)), settings)
@@ -304,7 +305,7 @@ def _train_one(
     run: Path, bags: BagFolder, cohort: Cohort, sides: pd.DataFrame, fold: int, config: TrainConfig, settings: Settings
 ) -> str:
     """Train, or find trained, the model of one fold and seed; a line about it."""
-    labels = cohort.labels.set_index("slide_id")["label"]
+    labels: dict[str, str] = dict(zip(cohort.labels["slide_id"].tolist(), cohort.labels["label"].tolist(), strict=True))
     usable = set(bags.filled)
     ids = {side: [name for name in sides.loc[sides["split"] == side, "slide_id"] if name in usable] for side in ("train", "val")}
     for side, members in ids.items():
@@ -324,9 +325,9 @@ def _train_one(
 
     task = cohort.task
     if task.kind == "regression":
-        values = labels[ids["train"]].astype(float)
-        task = replace(task, center=float(values.mean()), scale=float(values.std(ddof=0)) or 1.0)
-    targets = {side: task.encode(labels[members].tolist()) for side, members in ids.items()}
+        values = np.array([float(labels[name]) for name in ids["train"]])
+        task = replace(task, center=float(values.mean()), scale=float(values.std()) or 1.0)
+    targets = {side: task.encode([labels[name] for name in members]) for side, members in ids.items()}
     weights = _class_weights(task, targets) if config.balance else dict.fromkeys(ids)
     slides = {side: _LabelledSlides(bags, ids[side], targets[side], weights[side]) for side in ids}
 
@@ -459,22 +460,20 @@ def _fit(
     return loop
 
 
-class _quiet_lightning:
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
     """Lightning's remarks about hardware and loaders are not about this loop."""
-
-    def __enter__(self) -> None:
-        self._loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")]
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric", "pytorch.utilities.rank_zero")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
             logger.setLevel(logging.ERROR)
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*(does not have many workers|number of training batches).*")
-
-    def __exit__(self, *error: object) -> None:
-        self._warnings.__exit__(*error)
-        for logger, level in zip(self._loggers, self._levels, strict=True):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            warnings.filterwarnings("ignore", message=".*(does not have many workers|number of training batches).*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 

@@ -14,7 +14,7 @@ from objective_tenants import ClamInstances, LowRankLinear, MaskedAutoencoder, O
 from torch import Tensor, nn
 
 from wsimil.aggregators.abmil import ABMIL
-from wsimil.batch import BagBatch, BagOutput, EncodesTokens, LabelledBags, Objective
+from wsimil.batch import BagBatch, BagOutput, EncodesTokens, ExtraLogits, LabelledBags, Objective
 from wsimil.objectives import SlideLabel
 from wsimil.task import Task
 
@@ -158,9 +158,6 @@ def test_no_parameter_is_optimised_twice_or_forgotten(name):
     assert sorted(optimised) == sorted(id(parameter) for parameter in wanted if parameter.requires_grad)
 
 
-# CLAM
-
-
 class Recorded(nn.Module):
     """A model whose output is given."""
 
@@ -170,6 +167,20 @@ class Recorded(nn.Module):
 
     def forward(self, bags: BagBatch) -> BagOutput:
         return self.output
+
+
+def test_losses_of_one_name_add_up_and_none_is_lost():
+    extra = [
+        ExtraLogits(name, torch.full((1, 1), logit), torch.tensor([0])) for name, logit in (("bag", 1.0), ("x", 2.0), ("x", 3.0))
+    ]
+    output = BagOutput(torch.zeros(1, 1), extra_logits=tuple(extra), penalties={"x": torch.tensor(4.0)})
+    batch = LabelledBags(BagBatch(torch.zeros(1, 2), torch.tensor([0, 1])), BINARY.encode(["yes"]))
+    by_hand = torch.nn.functional.softplus(-torch.tensor([0.0, 1.0, 2.0, 3.0])).sum() + 4
+    losses = SlideLabel(BINARY).losses(Recorded(output), batch, 0.0)
+    torch.testing.assert_close(torch.stack(list(losses.values())).sum(), by_hand)
+
+
+# CLAM
 
 
 def test_instance_loss_takes_the_ends_of_the_true_class_attention():

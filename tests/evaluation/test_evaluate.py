@@ -216,10 +216,31 @@ def test_a_fold_with_one_class_is_null_with_a_reason() -> None:
         survival_table(9).assign(event=0),
     ],
 )
-def test_degenerate_cohorts_end_in_nulls_with_reasons(rows: pd.DataFrame, tmp_path: Path) -> None:
-    result = write_evaluation(tmp_path, rows, n_bootstrap=20)
+def test_degenerate_cohorts_end_in_nulls_with_reasons(rows: pd.DataFrame) -> None:
+    result = evaluate_predictions(rows, n_bootstrap=20)
     assert unexplained(result) == []
-    assert json.loads((tmp_path / "metrics.json").read_text()) == result
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("rows", "plots"),
+    [
+        (binary_table(0), []),
+        (binary_table(2), ["reliability.png", "confusion.png"]),
+        (class_table(4), ["roc.png", "pr.png", "reliability.png", "confusion.png"]),
+        (regression_table(1), ["scatter.png"]),
+        (survival_table(1), ["survival.png"]),
+    ],
+)
+def test_degenerate_cohorts_are_drawn_as_far_as_they_go(rows: pd.DataFrame, plots: list[str], tmp_path: Path) -> None:
+    assert write_evaluation(tmp_path, rows, n_bootstrap=20)["plots"] == plots
+
+
+def test_a_pooled_number_that_cannot_be_says_why_itself_not_its_interval() -> None:
+    result = evaluate_predictions(binary_table(40).query("label == 'tumour'"), n_bootstrap=20)
+    assert result["notes"]["pooled.auroc"] == "all 20 slides are tumour"
+    assert result["pooled"]["metrics"]["sensitivity"]["low"] is not None
 
 
 def test_a_perfect_test_set_does_not_boast() -> None:
@@ -281,8 +302,6 @@ def test_comparison_needs_common_slides_and_labels() -> None:
     ("make", "plots"),
     [
         (binary_table, ["roc.png", "pr.png", "reliability.png", "confusion.png"]),
-        (class_table, ["roc.png", "pr.png", "reliability.png", "confusion.png"]),
-        (regression_table, ["scatter.png"]),
         (survival_table, ["survival.png"]),
     ],
 )
@@ -296,12 +315,12 @@ def test_evaluation_is_written_whole(make: Any, plots: list[str], tmp_path: Path
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_plot_of_an_earlier_evaluation_does_not_stay(tmp_path: Path) -> None:
-    table = binary_table(40)
-    write_evaluation(tmp_path, table, n_bootstrap=0)
-    result = write_evaluation(tmp_path, table[table["label"] == "normal"], n_bootstrap=0)
-    assert result["plots"] == ["reliability.png", "confusion.png"]
-    assert not (tmp_path / "roc.png").exists()
+def test_plots_of_an_earlier_evaluation_do_not_stay(tmp_path: Path) -> None:
+    for name in ("roc.png", "metrics.json", "mine.png"):
+        (tmp_path / name).write_text("old")
+    write_evaluation(tmp_path, regression_table(), n_bootstrap=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "mine.png", "scatter.png"]
+    assert json.loads((tmp_path / "metrics.json").read_text())["kind"] == "regression"
 
 
 def test_class_names_may_hold_any_character(tmp_path: Path) -> None:

@@ -156,6 +156,8 @@ def test_unlabelled_slides_must_still_have_possible_predictions() -> None:
 
 def test_without_predictions_the_threshold_decides() -> None:
     assert check_predictions(table().drop(columns="prediction")).predicted.tolist() == [0, 1, 1, 1]
+    at_threshold = table(threshold=[0.1, 0.8, 0.41, 0.71]).drop(columns="prediction")
+    assert check_predictions(at_threshold).predicted.tolist() == [1, 1, 0, 0]  # equal is positive
     bare = check_predictions(table().drop(columns=["prediction", "threshold"]))
     assert bare.predicted.tolist() == [0, 1, 0, 1]
     assert "4 rows" in bare.notes["threshold"]

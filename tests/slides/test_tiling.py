@@ -16,7 +16,7 @@ mpps = st.floats(0.05, 20.0)
 @given(slide_mpp=mpps, target_mpp=mpps)
 def test_field_of_view_is_the_asked_one_within_half_a_percent(slide_mpp: float, target_mpp: float) -> None:
     scale = resolve_scale(slide_mpp, target_mpp, allow_upsampling=True)
-    assert abs(scale.effective_mpp / target_mpp - 1) <= 0.005 + 1e-9 or scale.factor == 1 and slide_mpp == scale.effective_mpp
+    assert abs(scale.effective_mpp / target_mpp - 1) <= 0.005 + 1e-9 or (scale.factor == 1 and slide_mpp == scale.effective_mpp)
     assert scale.factor * slide_mpp == pytest.approx(scale.effective_mpp, rel=1e-9)
 
 
@@ -98,7 +98,9 @@ def test_tissue_share_equals_counting_pixels(seed: int, tile: float) -> None:
     width, height = 17 * 12, 13 * 12
     fine = mask.repeat(12, 0).repeat(12, 1)
     tile = round(tile)
-    tiles = tile_grid(Rect(0, 0, width, height), tile_level0_px=tile, step_level0_px=tile, mask=mask, canvas=(width, height), min_tissue=0)
+    tiles = tile_grid(
+        Rect(0, 0, width, height), tile_level0_px=tile, step_level0_px=tile, mask=mask, canvas=(width, height), min_tissue=0
+    )
     counted = [fine[y : y + tile, x : x + tile].mean() for x, y in tiles.coords_level0_px]
     assert np.allclose(tiles.tissue, counted, atol=1e-5)
 

@@ -2,7 +2,8 @@
 
 - `features` is contiguous and uncompressed: the file that is exchanged is the file that is trained from.
 - Rows whose pixels could not be read are zeros with `valid` false; readers leave them out.
-- A file counts only when `complete` is set and its parts agree; an older or foreign file without `complete` is read with its parts checked.
+- A file of ours counts only when `complete` is set; any file only when its parts agree and are all there.
+- A file without our root attributes is read as TRIDENT's: what it says stands on its datasets, its id is the file name.
 - `patches/<slide_id>_patches.h5` holds the same coordinates for readers that look for them there.
 """
 
@@ -16,11 +17,35 @@ from typing import Any
 import numpy as np
 
 from wsimil.errors import BagFormatError
-from wsimil.hdf5 import Dataset, open_hdf5, read_attributes, write_hdf5
+from wsimil.hdf5 import Dataset, is_whole, open_hdf5, plain_attributes, write_hdf5
+from wsimil.units import nominal_magnification
 
-__all__ = ["FORMAT_VERSION", "Bag", "BagHeader", "Geometry", "read_bag", "read_header", "read_patches", "write_bag", "write_patches"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Bag",
+    "BagHeader",
+    "Geometry",
+    "read_bag",
+    "read_header",
+    "read_patches",
+    "stored_features",
+    "write_bag",
+    "write_patches",
+]
 
 FORMAT_VERSION = 1
+
+_TRIDENT_COORDS = {
+    "patch_size": "tile_px",
+    "patch_size_level0": "tile_level0_px",
+    "overlap": "overlap_px",
+    "level0_width": "level0_width",
+    "level0_height": "level0_height",
+}
+"""TRIDENT's attribute of `coords` → ours of the root."""
+
+_KINDS = {"features": "f", "coords": "iuf", "valid": "biu"}
+"""Kinds of number that a part may hold; scores are floats."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +64,9 @@ class Geometry:
     def attributes(self) -> dict[str, Any]:
         return {
             "patch_size": self.tile_px,
-            "patch_size_level0": round(self.tile_level0_px),
-            "level0_magnification": max(1, round(10 / self.slide_mpp)),
-            "target_magnification": max(1, round(10 / self.target_mpp)),
+            "patch_size_level0": round(self.tile_level0_px),  # TRIDENT's readers want an integer; the root is exact
+            "level0_magnification": nominal_magnification(self.slide_mpp),
+            "target_magnification": nominal_magnification(self.target_mpp),
             "overlap": self.overlap_px,
             "name": self.name,
             "savetodir": "",
@@ -83,25 +108,25 @@ class BagHeader:
 def stored_features(features: np.ndarray, dtype: str) -> np.ndarray:
     """Features as they are stored: fp16 unless a value overflows it (then float32), or float32 on request."""
     wide = np.asarray(features, dtype=np.float32)
-    if dtype == "fp32" or (wide.size and float(np.abs(wide).max()) > np.finfo(np.float16).max):
+    if dtype == "fp32" or (wide.size and max(wide.max(), -wide.min()) > np.finfo(np.float16).max):
         return wide
     return wide.astype(np.float16)
 
 
 def write_bag(path: Path, bag: Bag, geometry: Geometry) -> None:
     """Write a bag atomically. An empty bag has features (0, D)."""
-    _check_rows(path, len(bag.features), {"coords": bag.coords_level0_px, "valid": bag.valid, **bag.qc})
+    valid = bag.valid.astype(bool)
+    _check_parts(path, {"features": bag.features, "coords": bag.coords_level0_px, "valid": valid, **_qc_parts(bag.qc)})
+    encoder = bag.attributes.get("encoder", "")
     write_hdf5(
         path,
         {
-            "features": Dataset(
-                bag.features, {"name": geometry.name, "savetodir": "", "encoder": bag.attributes.get("encoder", "")}
-            ),
+            "features": Dataset(bag.features, {"name": geometry.name, "savetodir": "", "encoder": encoder}),
             "coords": Dataset(bag.coords_level0_px.astype(np.int64), geometry.attributes()),
-            "valid": Dataset(bag.valid.astype(bool)),
-            **{f"qc/{name}": Dataset(values.astype(np.float32)) for name, values in bag.qc.items()},
+            "valid": Dataset(valid),
+            **{name: Dataset(values.astype(np.float32)) for name, values in _qc_parts(bag.qc).items()},
         },
-        {"format": "wsimil-bag", "format_version": FORMAT_VERSION, **bag.attributes, "n_invalid": int((~bag.valid).sum())},
+        {**bag.attributes, "format": "wsimil-bag", "format_version": FORMAT_VERSION, "n_invalid": int((~valid).sum())},
     )
 
 
@@ -109,45 +134,68 @@ def read_header(path: Path) -> BagHeader:
     """Shapes and attributes, parts checked against each other.
 
     Raises:
-        BagFormatError: not HDF5, unfinished, or parts that do not fit.
+        BagFormatError: not HDF5, unfinished, of a newer format, or parts that are missing or do not fit.
     """
-    attributes = read_attributes(path)
     with open_hdf5(path) as file:
-        if attributes.get("format") == "wsimil-bag" and not attributes.get("complete"):
-            raise BagFormatError(f"{path}: the writer did not finish it; delete it and extract again")
-        for name in ("features", "coords"):
-            if name not in file:
-                raise BagFormatError(f"{path}: no dataset `{name}`; it is no bag of features")
-        if file["features"].ndim != 2:
-            raise BagFormatError(f"{path}: features have shape {file['features'].shape}; expected (N, D)")
-        n_tiles, dim = file["features"].shape
-        parts = {name: file[name] for name in ("coords", "valid") if name in file}
-        _check_rows(path, n_tiles, parts)
-        # TRIDENT states the encoder on the dataset
-        attributes.setdefault("encoder", _text(file["features"].attrs.get("encoder", "unknown")))
-        coords_attributes = file["coords"].attrs
-        if "tile_level0_px" not in attributes and "patch_size_level0" in coords_attributes:
-            attributes["tile_level0_px"] = float(coords_attributes["patch_size_level0"])
-        for name in ("level0_width", "level0_height"):
-            if name not in attributes and name in coords_attributes:
-                attributes[name] = int(coords_attributes[name])
-    return BagHeader(Path(path), n_tiles, dim, attributes)
+        return _header(Path(path), file)
 
 
 def read_bag(path: Path) -> Bag:
     """The whole bag. Raises BagFormatError as `read_header` does."""
-    header = read_header(path)
     with open_hdf5(path) as file:
-        features = np.empty(file["features"].shape, file["features"].dtype)
-        if features.size:
-            file["features"].read_direct(features)
+        header = _header(Path(path), file)
+        valid = file["valid"][()].astype(bool) if "valid" in file else np.ones(header.n_tiles, bool)
+        if int((~valid).sum()) != header.attributes["n_invalid"]:
+            stated = header.attributes["n_invalid"]
+            raise BagFormatError(f"{path}: n_invalid is {stated}, but {(~valid).sum()} rows are not valid")
         return Bag(
-            features=features,
-            coords_level0_px=file["coords"][:].astype(np.int64),
-            valid=file["valid"][:].astype(bool) if "valid" in file else np.ones(header.n_tiles, bool),
-            qc={name: values[:] for name, values in file["qc"].items()} if "qc" in file else {},
+            features=file["features"][()],
+            coords_level0_px=file["coords"][()].astype(np.int64),
+            valid=valid,
+            qc={name: values[()] for name, values in file["qc"].items()} if "qc" in file else {},
             attributes=header.attributes,
         )
+
+
+def _header(path: Path, file: Any) -> BagHeader:
+    attributes = plain_attributes(file)
+    ours = attributes.get("format") == "wsimil-bag"
+    if ours:
+        _check_finished(path, attributes)
+    needed = ("features", "coords", "valid") if ours else ("features", "coords")
+    for name in needed:
+        if name not in file:
+            raise BagFormatError(f"{path}: no dataset `{name}`; it is no bag of features")
+    parts = {name: file[name] for name in ("features", "coords", "valid") if name in file}
+    _check_parts(path, parts | (_qc_parts(file["qc"]) if "qc" in file else {}))
+    if not ours:
+        attributes = _trident_attributes(path, file) | attributes
+    if "n_invalid" not in attributes:
+        attributes["n_invalid"] = int((~file["valid"][()].astype(bool)).sum()) if "valid" in file else 0
+    n_tiles, dim = file["features"].shape
+    return BagHeader(path, n_tiles, dim, attributes)
+
+
+def _check_finished(path: Path, attributes: Mapping[str, Any]) -> None:
+    if not attributes.get("complete"):
+        raise BagFormatError(f"{path}: the writer did not finish it; delete it and extract again")
+    version = attributes.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise BagFormatError(f"{path}: format version {version}; this wsimil reads up to {FORMAT_VERSION}: upgrade it")
+
+
+def _trident_attributes(path: Path, file: Any) -> dict[str, Any]:
+    """What TRIDENT states on the datasets, under our names; it writes a missing value as the text None."""
+    coords = plain_attributes(file["coords"])
+    stated = {name: coords.get(key, "None") for key, name in _TRIDENT_COORDS.items()}
+    found = {name: value for name, value in stated.items() if value != "None"}
+    if "tile_level0_px" in found:
+        found["tile_level0_px"] = float(found["tile_level0_px"])
+    encoder = plain_attributes(file["features"]).get("encoder", "None")
+    folder = path.absolute().parent.name
+    if encoder == "None" and folder.startswith("features_"):
+        encoder = folder.removeprefix("features_")
+    return {**found, "slide_id": path.stem, "encoder": "unknown" if encoder == "None" else encoder}
 
 
 def write_patches(
@@ -160,24 +208,38 @@ def write_patches(
             "coords": Dataset(coords_level0_px.astype(np.int64), geometry.attributes()),
             "qc/tissue": Dataset(tissue.astype(np.float32)),
         },
-        {"format": "wsimil-patches", "format_version": FORMAT_VERSION, **attributes},
+        {**attributes, "format": "wsimil-patches", "format_version": FORMAT_VERSION},
     )
 
 
 def read_patches(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """coords (N, 2), tissue (N,), root attributes of a finished patches file of ours."""
-    attributes = read_attributes(path)
-    if attributes.get("format") != "wsimil-patches" or not attributes.get("complete"):
-        raise BagFormatError(f"{path}: no finished patches file of wsimil's")
+    """coords (N, 2), tissue (N,), root attributes of a finished patches file of ours. Raises BagFormatError."""
     with open_hdf5(path) as file:
-        return file["coords"][:], file["qc/tissue"][:], attributes
+        attributes = plain_attributes(file)
+        if attributes.get("format") != "wsimil-patches":
+            raise BagFormatError(f"{path}: no patches file of wsimil's")
+        _check_finished(path, attributes)
+        _check_parts(path, {"coords": file["coords"], "qc/tissue": file["qc/tissue"]})
+        return file["coords"][()], file["qc/tissue"][()], attributes
 
 
-def _check_rows(path: Path, n_tiles: int, parts: Mapping[str, Any]) -> None:
+def _qc_parts(qc: Any) -> dict[str, Any]:
+    return {f"qc/{name}": values for name, values in qc.items()}
+
+
+def _check_parts(path: Path, parts: Mapping[str, Any]) -> None:
+    """Arrays or datasets that make a bag: numbers of the right kind, as many rows as the first, every value there."""
+    rows = None
     for name, part in parts.items():
-        if part.shape[0] != n_tiles:
-            raise BagFormatError(f"{path}: {part.shape[0]} rows of {name} for {n_tiles} of features; delete it and extract again")
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+        found = getattr(part, "dtype", None)
+        if found is None or found.kind not in _KINDS.get(name, "f"):
+            raise BagFormatError(f"{path}: {name} is {found or 'a group'}, not numbers of the kind expected")
+        rows = part.shape[:1] if rows is None else rows
+        expected = (*rows, *{"features": part.shape[1:2] or ("D",), "coords": (2,)}.get(name, ()))
+        wrong = ""
+        if part.shape != expected:
+            wrong = f"has shape {part.shape}, expected {expected}"
+        elif not isinstance(part, np.ndarray) and not is_whole(part):
+            wrong = "is not wholly in the file"
+        if wrong:
+            raise BagFormatError(f"{path}: {name} {wrong}; delete it and extract again")

@@ -16,8 +16,11 @@ import torch
 from wsimil.bags.bag import Bag, BagHeader, read_bag, read_header
 from wsimil.batch import BagBatch
 from wsimil.errors import BagFormatError, EncoderMismatchError, UsageError
+from wsimil.files import fingerprint
 
 __all__ = ["BagFolder", "find_features_folder"]
+
+_BLOCK = 4096
 
 
 def find_features_folder(folder: str | Path) -> Path:
@@ -49,7 +52,7 @@ class BagFolder:
 
     Raises:
         UsageError: no bag in the folder.
-        BagFormatError: a bag that is damaged.
+        BagFormatError: a bag that is damaged, or two of one slide.
         EncoderMismatchError: bags of different encoders.
     """
 
@@ -59,9 +62,12 @@ class BagFolder:
         if not headers:
             raise UsageError(f"{self.folder}: no bag (*.h5) in it")
         _check_same_encoder(headers)
-        self.headers: dict[str, BagHeader] = {header.slide_id: header for header in headers}
-        if len(self.headers) < len(headers):
-            raise BagFormatError(f"{self.folder}: two bags state the same slide_id")
+        self.headers: dict[str, BagHeader] = {}
+        for header in headers:
+            other = self.headers.setdefault(header.slide_id, header)
+            if other is not header:
+                names = f"{other.path.name} and {header.path.name}"
+                raise BagFormatError(f"{self.folder}: {names} are both of slide {header.slide_id}; remove one")
         self._cache: dict[str, Bag] = {}
         self._cache_left = cache_bytes
 
@@ -89,8 +95,10 @@ class BagFolder:
 
     def fingerprint(self, slide_id: str) -> str:
         """What the bag was made of: changes when the slide or the recipe does."""
-        attributes = self.headers[slide_id].attributes
-        return f"{attributes.get('slide_fingerprint', '')}:{attributes.get('recipe_hash', '')}:{self.headers[slide_id].n_tiles}"
+        header = self.headers[slide_id]
+        if "recipe_hash" not in header.attributes:  # another program's bag: its content has to speak
+            return fingerprint([header.path])
+        return f"{header.attributes.get('slide_fingerprint', '')}:{header.attributes['recipe_hash']}:{header.n_tiles}"
 
     def read(self, slide_id: str) -> Bag:
         """The bag as stored."""
@@ -104,10 +112,21 @@ class BagFolder:
         return bag
 
     def load(self, slide_id: str) -> BagBatch:
-        """The valid tiles of a slide as a batch of one bag; features in float32, positions where the scale is known."""
+        """The valid tiles of a slide as a batch of one bag; features in float32, positions where the scale is known.
+
+        Raises:
+            BagFormatError: a valid tile holds NaN or infinity.
+        """
         bag = self.read(slide_id)
         keep = bag.valid
-        features = bag.features[keep] if not keep.all() else bag.features
+        # always a copy: what a model does to its batch must not reach the cache
+        features = (bag.features if keep.all() else bag.features[keep]).astype(np.float32)
+        if not np.isfinite(features).all():
+            row = np.flatnonzero(keep)[~np.isfinite(features).all(axis=1)][0]
+            raise BagFormatError(
+                f"{self.headers[slide_id].path}: the features of tile {row} are NaN or infinite; "
+                "extract again, in fp32 if they came out of half precision"
+            )
         mpp, tile_level0_px = bag.attributes.get("mpp"), bag.attributes.get("tile_level0_px")
         coords_um = tile_um = None
         if mpp and tile_level0_px:
@@ -115,7 +134,7 @@ class BagFolder:
             coords_um = torch.from_numpy(centre.astype(np.float32))
             tile_um = torch.tensor([float(tile_level0_px) * float(mpp)])
         return BagBatch(
-            features=torch.from_numpy(np.asarray(features, dtype=np.float32)),
+            features=torch.from_numpy(features),
             offsets=torch.tensor([0, len(features)]),
             coords_um=coords_um,
             tile_um=tile_um,
@@ -126,10 +145,14 @@ class BagFolder:
         """Mean and deviation (D,) of the features over all tiles of these slides, each slide weighing the same."""
         count, mean, square = 0, np.zeros(self.dim), np.zeros(self.dim)
         for slide_id in slide_ids:
-            features = self.load(slide_id).features.numpy().astype(np.float64)
+            features = self.load(slide_id).features.numpy()
+            if not len(features):
+                continue
             count += 1
-            mean += features.mean(0)
-            square += (features**2).mean(0)
+            for start in range(0, len(features), _BLOCK):  # a slide in float64 would be four times its file
+                block = features[start : start + _BLOCK].astype(np.float64)
+                mean += block.sum(0) / len(features)
+                square += (block**2).sum(0) / len(features)
         mean, square = mean / max(1, count), square / max(1, count)
         deviation = np.sqrt(np.maximum(square - mean**2, 0))
         # a feature that never varies carries nothing: leave it at zero instead of blowing up its noise
@@ -149,5 +172,6 @@ def _check_same_encoder(headers: list[BagHeader]) -> None:
         scales = [float(item.attributes.get("effective_mpp", 0)) for item in (first, header)]
         if all(scales) and abs(scales[0] / scales[1] - 1) > 0.02:
             raise EncoderMismatchError(
-                f"{first.slide_id} is seen at {scales[0]:.3g} µm/px, {header.slide_id} at {scales[1]:.3g}; extract all at one --mpp"
+                f"{first.slide_id} is seen at {scales[0]:.3g} µm/px, {header.slide_id} at {scales[1]:.3g}; "
+                "extract all at one --mpp"
             )

@@ -1,17 +1,22 @@
 """The label table: which slide is what, whose it is, and what kind of task that makes.
 
 - A row finds its slide by id, else by file name if that is unique; anything else is an error, never a silent loss.
+- Labels are text: `007` stays as it is. Only `1.0` becomes `1` where a column holds nothing but whole numbers: programs
+  write whole numbers so beside an empty cell.
 - The kind of task follows from the values and is printed; what cannot be told must be said with --task.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pandas as pd
 
+from wsimil.bags.table import Table, read_table, require_column
 from wsimil.config import LabelsConfig, nearest
 from wsimil.errors import LabelsError
 from wsimil.files import slide_id_from_path, slide_name, strip_suffix
@@ -19,64 +24,71 @@ from wsimil.task import Task
 
 __all__ = ["infer_task", "match_labels", "match_slides", "read_labels", "slide_ids_of"]
 
-_MISSING = ("", "na", "nan", "none", "null")
+_MISSING = ("", "na", "n/a", "#n/a", "nan", "null")  # not "none": that is what some columns call their negative class
 _MAX_INTEGER_CLASSES = 20
 
 
-def read_labels(path: str | Path, config: LabelsConfig, *, group: str = "patient", site: str | None = None) -> pd.DataFrame:
+def read_labels(
+    path: str | Path, config: LabelsConfig, *, group: str = "patient", site: str | None = None
+) -> Table:
     """Columns `slide, patient, site, label`, all text; rows without a label have an empty one.
 
-    `patient` is the table's `group` column, or the slide itself where there is none; `site` is empty where there is none.
+    `patient` is the `group` column, or the slide itself where that is empty; `site` is empty where there is none.
 
     Raises:
-        LabelsError: no such file or column, a slide twice, a slide without a name.
+        LabelsError: no such file or column, a slide without a name.
     """
-    path = Path(path)
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise LabelsError(f"{path}: not a table that can be read ({error})") from error
-    table.columns = [column.strip() for column in table.columns]
-    _require_column(path, table, "slide")
-    _require_column(path, table, config.target)
-    if group != "patient":
-        _require_column(path, table, group)
-    if site is not None:
-        _require_column(path, table, site)
-    slides = table["slide"].str.strip()
+    table = read_table(path, LabelsError)
+    asked = {"slide", config.target, group, site} - {"patient", None}
+    for column in sorted(filter(None, asked)):
+        require_column(path, table, column, LabelsError)
+    table = table.where(~table.apply(lambda cells: cells.str.lower()).isin(_MISSING), "")
+    slides, labels = table["slide"], table[config.target]
     if (slides == "").any():
-        raise LabelsError(f"{path}, line {int((slides == '').argmax()) + 2}: the slide is empty")
-    patients = table[group].str.strip() if group in table else slides
-    labels = table[config.target].str.strip()
-    site_column = site or ("site" if "site" in table else None)
+        raise LabelsError(f"{path}, line {slides.index[slides == ''][0]}: the slide is empty")
+    if labels[labels != ""].str.fullmatch(r"[+-]?\d+(\.0+)?").all():
+        labels = labels.str.replace(r"\.0+$", "", regex=True)
+    patients = table.get(group, slides)
     return pd.DataFrame(
         {
             "slide": slides,
             "patient": patients.where(patients != "", slides),
-            "site": table[site_column].str.strip() if site_column else "",
-            "label": labels.where(~labels.str.lower().isin(_MISSING), ""),
+            "site": table.get(site or "site", ""),
+            "label": labels,
         }
-    )
+    ).reset_index(drop=True)
 
 
-def _require_column(path: Path, table: pd.DataFrame, column: str) -> None:
-    if column not in table:
-        raise LabelsError(f"{path}: no column {column!r}{nearest(column, table.columns)} (columns: {', '.join(table.columns)})")
-
-
-def match_labels(labels: pd.DataFrame, slide_ids: Iterable[str]) -> pd.DataFrame:
-    """The table with a `slide_id` column, one row per labelled slide, sorted by id; slides are found as in `match_slides`.
+def match_labels(labels: Table, slide_ids: Iterable[str]) -> Table:
+    """The table with a `slide_id` column, found as in `match_slides`: one row per slide, sorted by id.
 
     Raises:
-        LabelsError: a row that fits no slide or several, or two rows for one slide.
+        LabelsError: a row that fits no slide or several, or two rows that say different things of one slide.
     """
     return _unique(labels.assign(slide_id=match_slides(labels["slide"], slide_ids)))
 
 
-def _unique(labels: pd.DataFrame) -> pd.DataFrame:
-    twice = labels["slide_id"].duplicated()
+def slide_ids_of(labels: Table) -> Table:
+    """The table with a `slide_id` column made from the names alone, for when no slide is at hand; sorted by id.
+
+    Raises:
+        LabelsError: two rows that say different things of one slide.
+    """
+    paths = [_path_of(slide) for slide in labels["slide"]]
+    # a name without folders may be an id already: escaped once more, it would not be found again
+    ids = [slide_id_from_path(path) if len(path.parts) > 1 else str(path) for path in paths]
+    return _unique(labels.assign(slide_id=ids))
+
+
+def _unique(labels: Table) -> Table:
+    facts = [column for column in ("slide_id", "patient", "site", "label") if column in labels]
+    labels = labels.drop_duplicates(facts)  # the same said twice is no contradiction
+    twice = labels["slide_id"].duplicated(keep=False)
     if twice.any():
-        raise LabelsError(f"{labels['slide_id'][twice].iloc[0]} has two rows in the label table")
+        slide_id = min(labels["slide_id"][twice])
+        one, other = labels[labels["slide_id"] == slide_id].to_dict("records")[:2]
+        said = next(fact for fact in facts if one[fact] != other[fact])
+        raise LabelsError(f"the label table says two things of {slide_id}: {said} {one[said]!r} and {other[said]!r}")
     return labels.sort_values("slide_id", ignore_index=True)
 
 
@@ -88,40 +100,35 @@ def match_slides(names: Iterable[str], slide_ids: Iterable[str]) -> list[str]:
     Raises:
         LabelsError: a name that fits no slide, or several.
     """
-    known = sorted(slide_ids)
-    by_id = {slide_id: slide_id for slide_id in known}
+    known = set(slide_ids)
     by_name: dict[str, list[str]] = defaultdict(list)
-    for slide_id in known:
+    for slide_id in sorted(known):
         by_name[slide_name(slide_id)].append(slide_id)
-    matched: list[str] = []
+    matched, unknown = [], []
     for given in names:
-        plain = strip_suffix(given)
-        found = next((by_id[key] for key in (given, plain, slide_id_from_path(PurePosixPath(plain))) if key in by_id), None)
-        if found is None:
-            candidates = by_name.get(plain.replace("\\", "/").split("/")[-1], [])
-            if len(candidates) > 1:
-                raise LabelsError(f"slide {given!r} of the table could be {', '.join(candidates)}; name it by its id")
-            if not candidates:
-                raise LabelsError(
-                    f"slide {given!r} of the table is none of the {len(known)} slides{nearest(plain, known)} "
-                    "(correct its name, or take its row out)"
-                )
-            found = candidates[0]
-        matched.append(found)
+        path = _path_of(given)
+        found = [name for name in (given, str(path), slide_id_from_path(path)) if name in known][:1]
+        found = found or by_name.get(path.name, [])
+        if len(found) > 1:
+            raise LabelsError(f"slide {given!r} of the table could be {', '.join(found)}; name it by its id")
+        (matched if found else unknown).append(found[0] if found else given)
+    if unknown:
+        others = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise LabelsError(
+            f"slide {unknown[0]!r}{others} of the table is none of the {len(known)} slides"
+            f"{nearest(_path_of(unknown[0]).name, sorted(known))}; correct the name, or take the row out"
+        )
     return matched
 
 
-def slide_ids_of(labels: pd.DataFrame) -> pd.DataFrame:
-    """The table with a `slide_id` column made from the names alone, for when no slide is at hand; sorted by id.
-
-    Raises:
-        LabelsError: two rows for one slide.
-    """
-    ids = [slide_id_from_path(PurePosixPath(strip_suffix(slide))) for slide in labels["slide"]]
-    return _unique(labels.assign(slide_id=ids))
+def _path_of(name: str) -> PurePosixPath:
+    """The path a table calls a slide by, without suffix; of a path on someone's machine only the file name counts."""
+    path = PurePosixPath(strip_suffix(name.replace("\\", "/")))
+    elsewhere = path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive
+    return PurePosixPath(path.name) if elsewhere else path
 
 
-def infer_task(labels: pd.Series, config: LabelsConfig) -> Task:
+def infer_task(labels: Iterable[str], config: LabelsConfig) -> Task:
     """The task that these labels make (empty ones are passed over).
 
     Two values are binary (positive: `config.positive`, else the last in sorted order); text or few small integers are
@@ -130,54 +137,65 @@ def infer_task(labels: pd.Series, config: LabelsConfig) -> Task:
     Raises:
         LabelsError: fewer than two values, or values that could be several things.
     """
-    values = labels[labels != ""]
-    classes = sorted(values.unique(), key=_natural)
+    classes = sorted(set(labels) - {""}, key=_natural)
     if len(classes) < 2:
         raise LabelsError(f"column {config.target!r} has {len(classes)} value(s); two are needed to learn a difference")
-    kind = config.task
-    if kind == "auto":
-        kind = _kind_of(classes, config.target)
+    some = f"{len(classes)} values ({', '.join(classes[:8])}{', …' if len(classes) > 8 else ''})"
+    kind = config.task if config.task != "auto" else _kind_of(classes, config.target)
     if kind == "regression":
-        numbers = pd.to_numeric(values, errors="coerce")
-        if numbers.isna().any():
-            raise LabelsError(f"column {config.target!r}: {values[numbers.isna()].iloc[0]!r} is not a number, which regression needs")
+        wrong = [value for value in classes if _number(value) is None]
+        if wrong:
+            raise LabelsError(f"column {config.target!r}: {wrong[0]!r} is not a number, which regression needs")
         return Task("regression")
+    _check_spelling(classes, config.target)
     if kind == "multiclass":
+        if config.positive is not None:
+            raise LabelsError(f"--positive is for two classes; column {config.target!r} has {some}")
         return Task("multiclass", tuple(classes))
+    if len(classes) != 2:
+        raise LabelsError(f"column {config.target!r} has {some}, so it is not binary")
     positive = config.positive if config.positive is not None else classes[-1]
     if positive not in classes:
         raise LabelsError(f"--positive {positive!r} is not a value of {config.target!r} ({', '.join(classes)})")
-    if len(classes) != 2:
-        raise LabelsError(f"column {config.target!r} has {len(classes)} values ({', '.join(classes[:8])}), so it is not binary")
-    negative = next(value for value in classes if value != positive)
-    return Task("binary", (negative, positive))
+    return Task("binary", (classes[1 - classes.index(positive)], positive))
 
 
 def _kind_of(classes: list[str], target: str) -> str:
     if len(classes) == 2:
         return "binary"
-    numbers = [_number(value) for value in classes]
-    if not any(number is not None for number in numbers):
+    numbers = [number for value in classes if (number := _number(value)) is not None]
+    if not numbers and not all(re.fullmatch(r"[+-]?\d+,\d+", value) for value in classes):
         return "multiclass"
-    if all(number is not None for number in numbers):
-        if any("." in value or "e" in value.lower() for value in classes):
+    if len(numbers) == len(classes):
+        if not all(number.is_integer() for number in numbers):
             return "regression"
-        if len(classes) <= _MAX_INTEGER_CLASSES and all(0 <= float(number or 0) <= 100 for number in numbers):
+        if len(classes) <= _MAX_INTEGER_CLASSES and min(numbers) >= 0 and max(numbers) <= 100:
             return "multiclass"
     raise LabelsError(
-        f"column {target!r} has {len(classes)} values such as {', '.join(classes[:4])}: classes or quantities? "
-        "Say it with --task multiclass or --task regression"
+        f"column {target!r} has {len(classes)} values such as {'  '.join(classes[:4])}: classes or quantities? "
+        "Say it with --task multiclass or --task regression (numbers need a decimal point, not a comma)"
     )
+
+
+def _check_spelling(classes: list[str], target: str) -> None:
+    """Refuse two classes that are one: `Tumour` and `tumour`, `7` and `007`."""
+    seen: dict[object, str] = {}
+    for value in classes:
+        number = _number(value)
+        other = seen.setdefault(" ".join(value.casefold().split()) if number is None else number, value)
+        if other != value:
+            raise LabelsError(f"column {target!r}: {other!r} and {value!r} look like one class; spell them alike")
 
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) and "_" not in text else None  # Python reads 3_4 as 34
 
 
-def _natural(text: str) -> tuple[int, float, str]:
+def _natural(text: str) -> tuple[bool, float, str]:
     """Numbers in their own order, before text."""
     number = _number(text)
-    return (1, 0.0, text) if number is None else (0, number, text)
+    return number is None, number or 0.0, text

@@ -1,20 +1,27 @@
 """Folds that keep patients apart, as a file that can be read, checked and hashed.
 
 - Every patient is wholly in train, val or test of a fold; every slide is in test exactly once over a cross-validation.
-- Labels (and sites, when asked) are balanced over folds; validation comes out of the training patients.
+- Patients are dealt like cards, label by label, each to the side that has had fewest of that label for its share: folds
+  differ by at most one patient of a label, and no side lacks a label that has patients enough. Sites, then numbers of
+  slides, decide between equals. (scikit-learn's StratifiedGroupKFold balances slides, and in small cohorts leaves
+  validation sets without a class.)
 - The hash of the sorted rows goes into every checkpoint: a model knows which slides it must never be praised for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold
 
+from wsimil.bags.table import Table, read_table, require_column
 from wsimil.config import SplitConfig
 from wsimil.errors import SplitsError
 from wsimil.files import atomic_path
@@ -25,78 +32,115 @@ __all__ = ["COLUMNS", "check_splits", "make_splits", "read_splits", "splits_hash
 COLUMNS = ["fold", "slide_id", "patient", "site", "split"]
 
 
-def make_splits(labels: pd.DataFrame, task: Task, config: SplitConfig) -> pd.DataFrame:
-    """Cross-validation folds for a matched label table (`slide_id, patient, site, label`); unlabelled rows are left out.
+def make_splits(labels: Table, task: Task, config: SplitConfig) -> Table:
+    """Cross-validation folds for a matched label table (`slide_id, patient, site, label`), unlabelled rows left out.
 
     Raises:
         SplitsError: too few patients for the folds, in all or in one class.
     """
-    table = labels[labels["label"] != ""].sort_values("slide_id", ignore_index=True)
-    strata = _strata(table, task, use_site=config.site is not None)
-    _check_enough(table, task, config)
-    rows = []
-    everyone = np.arange(len(table))
-    for fold, (rest, test) in enumerate(_group_folds(table, strata, everyone, config.folds, config.seed)):
-        inner = max(2, round(1 / config.val_fraction))
-        train, val = next(iter(_group_folds(table, strata, rest, inner, config.seed + 1 + fold)))
-        for split, members in (("train", train), ("val", val), ("test", test)):
-            part = table.loc[members, ["slide_id", "patient", "site"]].assign(fold=fold, split=split)
-            rows.append(part)
-    splits = pd.concat(rows, ignore_index=True)[COLUMNS].sort_values(["fold", "slide_id"], ignore_index=True)
+    table: Table = labels[labels["label"] != ""]
+    table = table.sort_values("slide_id", ignore_index=True)
+    patients = _patients(table, task, folds=config.folds, use_site=config.site is not None)
+    _check_enough(patients, task, config.folds)
+    tests = _deal(patients, [1 / config.folds] * config.folds, np.random.default_rng(config.seed))
+    parts = []
+    for fold in range(config.folds):
+        rest = [patient for patient in patients if tests[patient.name] != fold]
+        rng = np.random.default_rng([config.seed, fold + 1])
+        inner = _deal(rest, [1 - config.val_fraction, config.val_fraction], rng)
+        sides = dict.fromkeys(tests, "test") | {name: ("train", "val")[side] for name, side in inner.items()}
+        parts.append(table.assign(fold=fold, split=table["patient"].map(sides))[COLUMNS])
+    splits: Table = pd.concat(parts).sort_values(["fold", "slide_id"], ignore_index=True)
     check_splits(splits)
     return splits
 
 
-def _group_folds(table: pd.DataFrame, strata: np.ndarray, members: np.ndarray, folds: int, seed: int):
-    """(rest, held out) row numbers of `table` for each fold over `members`, patients kept whole."""
-    patients = table["patient"].to_numpy()[members]
-    folds = min(folds, len(np.unique(patients)))
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # rare strata (a label at one site) cannot reach every fold
-        for rest, held_out in splitter.split(members, strata[members], patients):
-            yield members[rest], members[held_out]
+@dataclass(frozen=True)
+class _Patient:
+    name: str
+    labels: frozenset[str]  # of the slides; of a regression, the quantile of their mean
+    site: str
+    n_slides: int
 
 
-def _strata(table: pd.DataFrame, task: Task, *, use_site: bool) -> np.ndarray:
+def _patients(table: Table, task: Task, *, folds: int, use_site: bool) -> list[_Patient]:
+    strata = table["label"]
     if task.kind == "regression":
-        bins = min(5, max(2, len(table) // 10))
-        labels = pd.qcut(pd.to_numeric(table["label"]).rank(method="first"), bins, labels=False).astype(str)
-    else:
-        labels = table["label"]
-    names = labels + "|" + table["site"] if use_site else labels
-    codes = pd.factorize(names, sort=True)[0]
-    # a stratum smaller than two cannot be balanced; it joins the others of its label
-    counts = np.bincount(codes)
-    return np.where(counts[codes] >= 2, codes, pd.factorize(labels, sort=True)[0] + len(counts))
+        values = table["label"].astype(float).groupby(table["patient"]).mean()
+        bins = min(5, max(1, len(values) // (2 * folds)))
+        ranks = values.rank(method="first") - 1
+        strata = table["patient"].map((ranks * bins // len(values)).astype(int).astype(str))
+    slides: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name, stratum, site in zip(table["patient"], strata, table["site"], strict=True):
+        slides[name].append((stratum, site))
+    return [
+        _Patient(name, frozenset(stratum for stratum, _ in rows), rows[0][1] if use_site else "", len(rows))
+        for name, rows in slides.items()
+    ]
 
 
-def _check_enough(table: pd.DataFrame, task: Task, config: SplitConfig) -> None:
-    patients = table["patient"].nunique()
-    if patients < config.folds + 1:
-        raise SplitsError(f"{patients} labelled patients are too few for {config.folds} folds and a validation set; use fewer --folds")
-    if task.kind == "regression":
-        return
-    per_class = table.groupby("label")["patient"].nunique()
-    for label, count in per_class.items():
-        if count < 3:
-            raise SplitsError(
-                f"only {count} patient(s) with label {label!r}: train, validation and test need one each; "
-                "add slides, or leave the class out"
-            )
-        if count < config.folds:
-            raise SplitsError(f"only {count} patients with label {label!r} for {config.folds} folds; use --folds {max(2, count)}")
+def _deal(patients: Sequence[_Patient], shares: Sequence[float], rng: np.random.Generator) -> dict[str, int]:
+    """Patient → side. A patient of several labels counts for each of them, and is dealt with the rarest."""
+    frequency = Counter(label for patient in patients for label in patient.labels)
+    rarest_first = {
+        patient.name: sorted(patient.labels, key=lambda label: (frequency[label], label)) for patient in patients
+    }
+    sites = sorted({patient.site for patient in patients})
+    site_rank = dict(zip(sites, rng.permutation(len(sites)).tolist(), strict=True))
+    side_rank = rng.permutation(len(shares)).tolist()
+    shuffled = [patients[index] for index in rng.permutation(len(patients))]
+    even = len(set(shares)) == 1
+
+    def hardest_first(patient: _Patient) -> tuple:
+        rarest = rarest_first[patient.name][0]
+        # the largest ahead, where every side has its turn; by powers of two, so that seeds differ in who goes where
+        size = patient.n_slides.bit_length() if even else 0
+        return frequency[rarest], rarest, site_rank[patient.site], -size
+
+    had: Counter = Counter()  # (side, label or site) → patients
+    n_slides = [0] * len(shares)
+    sides: dict[str, int] = {}
+    for patient in sorted(shuffled, key=hardest_first):
+        labels = rarest_first[patient.name]
+        strata = [*labels, (labels[0], patient.site)]
+
+        def turn(side: int, strata: list = strata) -> list:
+            """The lowest is next: a side that has none, the largest ahead; then the one furthest behind its share."""
+            behind = [(had[side, stratum] > 0, (2 * had[side, stratum] + 1) / shares[side]) for stratum in strata]
+            return [*behind, n_slides[side] / shares[side], side_rank[side]]
+
+        side = sides[patient.name] = min(range(len(shares)), key=turn)
+        had.update((side, stratum) for stratum in strata)
+        n_slides[side] += patient.n_slides
+    return sides
 
 
-def check_splits(splits: pd.DataFrame) -> None:
+def _check_enough(patients: Sequence[_Patient], task: Task, folds: int) -> None:
+    """Every fold needs a patient of each class in test, and two others for train and val."""
+    counts = {"": len(patients)}
+    if task.kind != "regression":
+        counts |= Counter(label for patient in patients for label in sorted(patient.labels))
+    for label, count in counts.items():
+        if count < folds or count - math.ceil(count / folds) < 2:
+            whose = f"with label {label!r}" if label else "with a label"
+            way_out = f"use --folds {count}" if count >= 3 else "train, val and test need one each: add some"
+            if label and count < 3:
+                way_out += ", or leave the class out"
+            raise SplitsError(f"{count} patient(s) {whose} are too few for {folds} folds; {way_out}")
+
+
+def check_splits(splits: Table) -> None:
     """Refuse splits that leak.
 
     Raises:
-        SplitsError: a missing column, an unknown split, a slide twice in a fold, or a patient on two sides.
+        SplitsError: a missing column, no row, an unknown split, a slide twice in a fold, a patient on two sides, or a
+            fold without train or val.
     """
     missing = [column for column in COLUMNS if column not in splits]
     if missing:
         raise SplitsError(f"splits have no column {missing[0]!r}; expected {', '.join(COLUMNS)}")
+    if splits.empty:
+        raise SplitsError("the splits have no row")
     unknown = set(splits["split"]) - {"train", "val", "test"}
     if unknown:
         raise SplitsError(f"split {sorted(unknown)[0]!r} is unknown; expected train, val or test")
@@ -107,34 +151,42 @@ def check_splits(splits: pd.DataFrame) -> None:
     sides = splits.groupby(["fold", "patient"])["split"].nunique()
     if (sides > 1).any():
         fold, patient = sides[sides > 1].index[0]
-        raise SplitsError(f"patient {patient} is on two sides of fold {fold}; every slide of a patient belongs to one side")
+        raise SplitsError(f"patient {patient} is on two sides of fold {fold}; all slides of a patient belong to one")
     for fold, part in splits.groupby("fold"):
         for split in ("train", "val"):
             if not (part["split"] == split).any():
                 raise SplitsError(f"fold {fold} has no {split} slide")
 
 
-def write_splits(path: Path, splits: pd.DataFrame) -> None:
+def write_splits(path: Path, splits: Table) -> None:
     with atomic_path(path) as temporary:
         splits[COLUMNS].to_csv(temporary, index=False)
 
 
-def read_splits(path: str | Path) -> pd.DataFrame:
-    """A checked splits table. Raises SplitsError."""
+def read_splits(path: str | Path) -> Table:
+    """A checked splits table; `site` may be missing, and an empty patient is the slide itself. Raises SplitsError."""
+    splits = read_table(path, SplitsError)
+    for column in COLUMNS:
+        if column != "site":
+            require_column(path, splits, column, SplitsError)
+    folds = splits["fold"].str.replace(r"\.0+$", "", regex=True)
+    bad = ~folds.str.fullmatch("[0-9]+")
+    if bad.any():
+        raise SplitsError(f"{path}, line {bad.idxmax()}: fold {splits['fold'][bad].iloc[0]!r} is not a number")
+    splits = splits.assign(
+        fold=folds.astype(int),
+        patient=splits["patient"].where(splits["patient"] != "", splits["slide_id"]),
+        site=splits.get("site", ""),
+        split=splits["split"].str.lower(),
+    )[COLUMNS].reset_index(drop=True)
     try:
-        splits = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise SplitsError(f"{path}: not a table that can be read ({error})") from error
-    if "fold" in splits:
-        bad = ~splits["fold"].str.isdigit()
-        if bad.any():
-            raise SplitsError(f"{path}: fold {splits['fold'][bad].iloc[0]!r} is not a number")
-        splits["fold"] = splits["fold"].astype(int)
-    check_splits(splits)
-    return splits[COLUMNS]
+        check_splits(splits)
+    except SplitsError as error:
+        raise SplitsError(f"{path}: {error}") from None
+    return splits
 
 
-def splits_hash(splits: pd.DataFrame) -> str:
+def splits_hash(splits: Table) -> str:
     """SHA-256 of the sorted rows."""
-    rows = sorted(",".join(str(value) for value in row) for row in splits[COLUMNS].itertuples(index=False))
+    rows = sorted(json.dumps([str(value).strip() for value in row]) for row in splits[COLUMNS].itertuples(index=False))
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()

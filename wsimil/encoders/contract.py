@@ -35,11 +35,11 @@ _SCALE_TOLERANCE = 1.25
 
 @dataclass(frozen=True)
 class EncoderContract:
-    """Facts about one encoder. `sha256` is empty until weights are loaded."""
+    """Facts about one encoder. `sha256` is empty until weights are known."""
 
     name: str
     architecture: str
-    dim: int
+    dim: int  # numbers per tile; 0: not known before the network is built
     tile_px: int | None = None  # side of the network's input; None: takes any and resizes nothing
     mpp: float | None = None  # µm/px of the training tiles; None: not known, or not pathology
     trained_mpps: tuple[float, ...] = ()
@@ -55,8 +55,10 @@ class EncoderContract:
     note: str = ""
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or (self.tile_px is not None and self.tile_px < 1) or min(self.std) <= 0:
-            raise ValueError(f"encoder {self.name}: dim {self.dim}, tile_px {self.tile_px}, std {self.std}; expected positive numbers")
+        if self.dim < 0 or (self.tile_px is not None and self.tile_px < 1) or min(self.std) <= 0:
+            raise ValueError(
+                f"encoder {self.name}: dim {self.dim}, tile_px {self.tile_px}, std {self.std}; expected positive numbers"
+            )
 
     @property
     def folder_name(self) -> str:

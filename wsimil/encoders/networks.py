@@ -13,7 +13,8 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import SwiGLUPacked
+from timm.layers.mlp import SwiGLUPacked
+from timm.models.vision_transformer import checkpoint_filter_fn as fit_to_vit
 from torch import Tensor, nn
 
 from wsimil.errors import EncoderError
@@ -29,22 +30,20 @@ def build_network(architecture: str, model_args: Mapping[str, Any]) -> nn.Module
     Raises:
         EncoderError: timm does not know the architecture, or it does not take the arguments.
     """
-    arguments = {key: _LAYERS.get(value, value) if isinstance(value, str) else value for key, value in model_args.items()}
-    if architecture == "ctranspath":
-        return _ctranspath().eval()
-    if architecture == "conch_v1_5":
-        return _ConchTower().eval()
-    if not timm.is_model(architecture):
+    make = {"ctranspath": _ctranspath, "conch_v1_5": _ConchTower}.get(architecture)
+    if make is None and not timm.is_model(architecture):
         raise EncoderError(f"architecture {architecture!r} is not one that timm {timm.__version__} can build")
-    arguments.setdefault("num_classes", 0)
+    arguments = {key: _LAYERS.get(value, value) if isinstance(value, str) else value for key, value in model_args.items()}
     try:
-        return timm.create_model(architecture, pretrained=False, **arguments).eval()
+        if make is not None:
+            return make(**arguments).eval()
+        return timm.create_model(architecture, **{"num_classes": 0, **arguments}, pretrained=False).eval()
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise EncoderError(f"architecture {architecture} cannot be built with {dict(model_args)}: {error}") from error
 
 
 def _ctranspath() -> nn.Module:
-    swin = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, num_classes=0)
+    swin: Any = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, num_classes=0)
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 12), (12, 24)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -59,9 +58,15 @@ class _ConchTower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = timm.create_model("vit_large_patch16_224", num_classes=0, img_size=448, init_values=1.0)
+        self.trunk: Any = timm.create_model("vit_large_patch16_224", num_classes=0, img_size=448, init_values=1.0)
         self.attn_pool_contrast = _QueryPool(1024, self.num_features, heads=8)
         self.ln_contrast = nn.LayerNorm(self.num_features)
+
+    def fit_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Resample the position embedding of a checkpoint made for another input size."""
+        inside = {key.removeprefix("trunk."): value for key, value in state.items() if key.startswith("trunk.")}
+        rest = {key: value for key, value in state.items() if not key.startswith("trunk.")}
+        return rest | {f"trunk.{key}": value for key, value in fit_to_vit(inside, self.trunk).items()}
 
     def forward(self, images: Tensor) -> Tensor:
         return self.ln_contrast(self.attn_pool_contrast(self.trunk.forward_features(images)))

@@ -1,8 +1,8 @@
 """The encoders of the field by name: where their weights are, how their network is built, what it expects.
 
 - A plain dict. To add an encoder: one entry; if timm cannot build it, a network in `networks.py`.
-- Facts are from model cards, the authors' code and published tables. `params_m` is the published size, which a test compares with
-  the network that `architecture` and `model_args` build.
+- Facts are from model cards, the authors' code and published tables. `params_m` is the published size (None: not found), which a
+  test compares with the network that `architecture` and `model_args` build.
 - `tested=False` says that the real weights were never run through this code: most are gated or large. Loading is strict, so weights
   that do not fit end in an error, not in other vectors.
 - `mpp` None: no pathology, or a scale that was not found stated.
@@ -11,19 +11,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from wsimil.encoders.contract import IMAGENET_MEAN, IMAGENET_STD, EncoderContract, Interpolation, Pooling
 
-__all__ = ["ENCODERS", "EncoderEntry", "find_encoder"]
+__all__ = ["ENCODERS", "TEXTURE", "EncoderEntry", "find_encoder"]
 
 _SAFE_FIRST = ("model.safetensors", "pytorch_model.bin")
 _MIXED_MPPS = (0.25, 0.5, 1.0, 2.0)
 
 _SWIGLU = {"mlp_layer": "swiglu", "act_layer": "silu"}
 _VIT_L16 = {"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True}
+
+TEXTURE = EncoderContract(
+    name="texture",
+    architecture="texture",
+    dim=136,
+    sha256=hashlib.sha256(b"texture 1").hexdigest(),  # count up with any change of a number in texture.py
+    licence="Apache-2.0",
+    note="built in, no download: colour and gradient statistics",
+)
 
 _CC_NC_ND = "CC-BY-NC-ND-4.0"
 
@@ -49,7 +59,7 @@ def _entry(
     *,
     dim: int,
     licence: str,
-    params_m: float,
+    params_m: float | None,
     gated: bool = False,
     model_args: Mapping[str, Any] | None = None,
     tile_px: int = 224,
@@ -154,7 +164,9 @@ def _h_optimus(version: int, licence: str) -> EncoderEntry:
     )
 
 
-def _virchow(name: str, hub_id: str, licence: str, model_args: Mapping[str, Any], trained_mpps: tuple[float, ...], note: str) -> EncoderEntry:
+def _virchow(
+    name: str, hub_id: str, licence: str, model_args: Mapping[str, Any], trained_mpps: tuple[float, ...], note: str
+) -> EncoderEntry:
     return _entry(
         name,
         "vit_huge_patch14_224",
@@ -216,7 +228,7 @@ ENCODERS: dict[str, EncoderEntry] = {
             dim=768,
             licence=_CC_NC_ND,
             gated=True,
-            params_m=306.3,
+            params_m=None,
             tile_px=448,
             pooling="model",
             weight_files=("pytorch_model_vision.bin",),

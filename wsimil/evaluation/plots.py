@@ -71,7 +71,7 @@ def _roc(rows: Predictions, amount: str, n_bootstrap: int, seed: int, confidence
             band = np.quantile(defined, [tail, 1.0 - tail], axis=0) if len(defined) else np.full((2, grid.size), np.nan)
             axes.fill_between(grid, band[0], band[1], color=colour, alpha=0.15, linewidth=0, zorder=2)
             interval = percentile_interval(replicates[:, -1], confidence=confidence)
-            if np.isfinite(interval.low):
+            if interval.low < interval.high:  # neither missing nor of no width
                 text += f" ({interval.low:.3f}-{interval.high:.3f})"
         axes.plot(false_rate, true_rate, color=colour, linewidth=2, label=f"AUROC {text}{_named(name, curves)}", zorder=3)
     return _finished(figure, axes, f"ROC, {amount}", legend="lower right")

@@ -75,15 +75,15 @@ def extract_features(
     files = find_slides(slides)
     device = resolve_device(extract.device)
     dtype = extract.dtype if extract.dtype != "auto" else ("bf16" if device.startswith("cuda") else "fp32")
-    encoder = load_encoder(extract.encoder, device=device, dtype=dtype)
+    encoder = load_encoder(extract.encoder, device=device, dtype=dtype, embedding=extract.embedding)
     if extract.encoder == "texture":
         say("encoder: texture (built-in colour and gradient statistics; --encoder names a pretrained network)")
-    if encoder.contract.mpp and abs(encoder.contract.mpp / tile.mpp - 1) > 0.1:
-        say(f"encoder {encoder.contract.name} was trained at {encoder.contract.mpp:g} µm/px; tiles are seen at {tile.mpp:g}")
+    if remark := encoder.contract.scale_remark(mpp=tile.mpp, tile_px=tile.tile_px):
+        say(remark)
     job = Job(Path(out))
     folder = job.geometry_folder(tile.mpp, tile.tile_px, tile.overlap_px) / encoder.contract.folder_name
     worker = _Worker(job, folder, encoder, device, tile, extract)
-    request = {"tile": asdict(tile), "encoder": encoder.contract.sha256}
+    request = {"tile": asdict(tile), "encoder": encoder.contract.recipe()}
     rows = run_slides(
         job,
         files,
@@ -145,7 +145,12 @@ class _Worker:
         scale = resolve_scale(slide.known_mpp(), self.tile.mpp, allow_upsampling=self.tile.allow_upsampling)
         recipe = tile_recipe(self.tile, scale, roi_file(self.tile, file.slide_id))
         return hash_of(
-            {**recipe, "resampler": RESAMPLER, "encoder": self.encoder.contract.recipe(), "feature_dtype": self.config.feature_dtype}
+            {
+                **recipe,
+                "resampler": RESAMPLER,
+                "encoder": self.encoder.contract.recipe(),
+                "feature_dtype": self.config.feature_dtype,
+            }
         )
 
     def _done_already(self, path: Path, recipe_hash: str, slide_fingerprint: str) -> int | None:

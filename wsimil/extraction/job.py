@@ -19,7 +19,7 @@ from pathlib import Path
 
 from wsimil.bags.dataset import BagFolder
 from wsimil.errors import SlideError, StaleBagError
-from wsimil.files import atomic_path, hash_of, read_json, sweep_temporary_files, write_json, write_text
+from wsimil.files import atomic_path, hash_of, mark_output, read_json, sweep_temporary_files, write_json, write_text
 from wsimil.progress import progress
 from wsimil.slides.cohort import SlideFile
 from wsimil.units import nominal_magnification
@@ -119,7 +119,8 @@ def run_slides(
     Raises:
         KeyboardInterrupt: after the status was written.
     """
-    job.folder.mkdir(parents=True, exist_ok=True)
+    for folder in (job.folder, job.folder / "overviews"):
+        mark_output(folder)
     for folder in _folders_with_leftovers(job.folder):
         sweep_temporary_files(folder)
     statuses = read_status(job.status)
@@ -128,7 +129,9 @@ def run_slides(
     mine_ids = {slide.slide_id for slide in mine}
     for slide in slides:
         if slide.slide_id not in mine_ids and slide.slide_id not in statuses:
-            statuses[slide.slide_id] = Row(slide.name, slide.slide_id, "skipped", f"another shard's (this is {shard[0]}/{shard[1]})")
+            statuses[slide.slide_id] = Row(
+                slide.name, slide.slide_id, "skipped", f"another shard's (this is {shard[0]}/{shard[1]})"
+            )
     last_write = 0.0
     n_tiles, started = 0, time.monotonic()
     bar = progress(mine, stage, unit="slide", quiet=quiet)

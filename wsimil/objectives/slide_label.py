@@ -22,8 +22,11 @@ class SlideLabel(Objective):
 
     def losses_of(self, output: BagOutput, batch: LabelledBags) -> dict[str, Tensor]:
         """The same from an output that is there already: for objectives that wrap this one."""
-        losses = {"bag": self.task.loss(output.logits, batch.targets, batch.weights)}
+        parts = [("bag", self.task.loss(output.logits, batch.targets, batch.weights))]
         for extra in output.extra_logits:
             weights = None if batch.weights is None else batch.weights[extra.bag_index]
-            losses[extra.name] = extra.weight * self.task.loss(extra.logits, batch.targets[extra.bag_index], weights)
-        return losses | output.penalties
+            parts.append((extra.name, extra.weight * self.task.loss(extra.logits, batch.targets[extra.bag_index], weights)))
+        losses: dict[str, Tensor] = {}
+        for name, loss in (*parts, *output.penalties.items()):
+            losses[name] = losses[name] + loss if name in losses else loss  # branches may share a name; none is lost
+        return losses

@@ -22,7 +22,7 @@ __all__ = ["write_report"]
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1100px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
-table{border-collapse:collapse}td,th{padding:.25rem .8rem;text-align:left;border-bottom:1px solid #ddd;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse}td,th{padding:.25rem .8rem;text-align:left;border-bottom:1px solid #ddd}
 .plots img{max-width:48%;margin-right:1%}
 .slides{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:1rem}
 .slides figure{margin:0;border:1px solid #ddd;border-radius:6px;overflow:hidden}.slides img{width:100%;display:block}
@@ -64,7 +64,13 @@ def write_report(study: str | Path) -> Path:
 
 
 def _counts(metrics: dict[str, Any]) -> str:
-    names = {"n_slides": "slides", "n_evaluated": "evaluated", "n_empty": "without tissue", "n_failed": "failed", "n_without_label": "without label"}
+    names = {
+        "n_slides": "slides",
+        "n_evaluated": "evaluated",
+        "n_empty": "without tissue",
+        "n_failed": "failed",
+        "n_without_label": "without label",
+    }
     parts = [f"{metrics[key]} {text}" for key, text in names.items() if metrics.get(key) or key == "n_slides"]
     return f"<p>{', '.join(parts)}.</p>"
 
@@ -107,11 +113,12 @@ def _slides(study: Path, predictions: pd.DataFrame) -> str:
     if "prediction" in table:
         known = (table["status"] == "done") & (table["label"].astype(str) != "")
         table["wrong"] = known & (table["label"].astype(str) != table["prediction"].astype(str))
-    figures = [_figure(study, row) for _, row in table.sort_values(["wrong", "slide_id"], ascending=[False, True]).iterrows()]
+    rows = table.sort_values(["wrong", "slide_id"], ascending=[False, True]).to_dict("records")
+    figures = [_figure(study, row) for row in rows]
     return f'<div class="slides">{"".join(figures)}</div>'
 
 
-def _figure(study: Path, row: pd.Series) -> str:
+def _figure(study: Path, row: dict[str, Any]) -> str:
     name = str(row["slide_id"])
     picture = study / "heatmaps" / f"{name}.png"
     image = ""

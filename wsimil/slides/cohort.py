@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from wsimil.errors import UsageError
-from wsimil.files import SLIDE_SUFFIXES, fingerprint, slide_id_from_path, strip_suffix
+from wsimil.files import OUTPUT_MARK, SLIDE_SUFFIXES, fingerprint, slide_id_from_path, strip_suffix
 
 __all__ = ["SlideFile", "find_slides"]
 
@@ -94,13 +94,16 @@ def _in_folder(root: Path) -> list[SlideFile]:
             subfolders.clear()
             continue
         seen.add(real)
+        if OUTPUT_MARK in files and Path(folder) != root:  # pictures of ours, not slides
+            subfolders.clear()
+            continue
         subfolders[:] = sorted(name for name in subfolders if not (name.startswith(".") or _linked_inside(folder, name, real_root)))
         names = sorted(name for name in files if not name.startswith(".") and name.lower().endswith(SLIDE_SUFFIXES))
         tiles = {part for name in names if _is_vms(name) for part in _parts_of_vms(Path(folder, name), names)}
         dicom = [name for name in names if name.lower().endswith(".dcm")]
         below = PurePosixPath(Path(folder).relative_to(root).as_posix())
         for name in names:
-            if name not in tiles and name not in dicom:
+            if name not in tiles and not name.lower().endswith(".dcm"):
                 found.append(_slide_file(Path(folder, name), below / name))
         series = _dicom_series(Path(folder), dicom)
         # a folder that holds one series and nothing else is the slide

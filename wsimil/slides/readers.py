@@ -87,8 +87,10 @@ class OpenSlideReader:
         self._downsamples = self._slide.level_downsamples
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        downsample = self._downsamples[level]  # OpenSlide's own, by which it finds the position again
-        origin = (round(x * downsample), round(y * downsample))
+        downsample = self._downsamples[level]  # OpenSlide's own, by which it finds the pixel of the level again
+        # fractions of a level's pixel are blended, so the nearest; but for Leica they are cut off
+        whole = math.ceil if self.kind == "openslide:leica" else round
+        origin = (whole(x * downsample), whole(y * downsample))
         try:
             region = self._slide.read_region(origin, level, (width, height))
         except openslide.OpenSlideError:
@@ -101,7 +103,12 @@ class OpenSlideReader:
             except openslide.OpenSlideError as error:
                 raise SlideReadError(f"{width}×{height} px at ({origin[0]}, {origin[1]}), level {level}: {error}") from error
             self._slide = fresh  # the old handle is not closed: a neighbour may still be in it; it goes with its last user
-        return _on_white(region)
+        if (alpha := region.getchannel("A")).getextrema() == (255, 255):
+            return np.asarray(region.convert("RGB"))
+        # at the rim a pixel may be half covered: it is scanned or it is not, and takes no white
+        white = Image.new("RGB", region.size, "white")
+        white.paste(region.convert("RGB"), mask=alpha.point([0] * 128 + [255] * 128))
+        return np.asarray(white)
 
     def close(self) -> None:
         self._slide.close()
@@ -127,17 +134,17 @@ class ImageReader:
             ) from error
         except UnidentifiedImageError as error:
             raise SlideUnreadableError("no reader knows this file: it is damaged, or not an image") from error
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
+        except Exception as error:  # whatever a broken file makes Pillow trip over
             raise SlideUnreadableError(f"not an image that can be read: {error}") from error
         with image:
             if image.mode.startswith(("I", "F")):
                 raise SlideUnreadableError(f"pixels of mode {image.mode} (more than 8 bits a channel); convert it to 8-bit RGB")
             self.kind = f"image:{(image.format or 'unknown').lower()}"
-            tags = getattr(image, "tag_v2", {})
-            self.file_mpp, self.mpp_key = _ome_mpp(str(tags.get(270, "")), path.name)
+            description = getattr(image, "tag_v2", {}).get(270, "")
+            self.file_mpp, self.mpp_key = _ome_mpp(str(description), path.name)
             try:
                 self._pixels = _on_white(image)
-            except (OSError, ValueError, SyntaxError, EOFError) as error:
+            except Exception as error:
                 raise SlideUnreadableError(f"the image breaks off or is damaged: {error}") from error
         self.level_dimensions = ((self._pixels.shape[1], self._pixels.shape[0]),)
 
@@ -158,11 +165,8 @@ def _on_white(image: Image.Image) -> np.ndarray:
     """uint8 RGB (height, width, 3), transparent parts white."""
     if not image.has_transparency_data:
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    image = image if image.mode == "RGBA" else image.convert("RGBA")
-    if image.getchannel("A").getextrema() == (255, 255):
-        return np.asarray(image.convert("RGB"))
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))
 
 
 def _ome_mpp(description: str, name: str) -> tuple[float | None, str | None]:

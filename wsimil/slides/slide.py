@@ -90,13 +90,13 @@ class Slide:
             pixels = self._read_level(level, x0, y0, x0 + whole * size_px[0], y0 + whole * size_px[1])
             return pixels if whole == 1 else np.asarray(Image.fromarray(pixels).reduce(whole))
         # the filter reaches beyond the box: with its surroundings, a tile is what the same place is in any larger read
-        margin = math.ceil(max(factors)) + 1
-        level_width, level_height = self.width / per_x, self.height / per_y
-        x0, x1 = _widened(left, right, margin, level_width)
-        y0, y1 = _widened(top, bottom, margin, level_height)
+        margin = math.ceil(max(factors) / 2) + 1
+        x0, x1 = _widened(left, right, margin, self.width / per_x)
+        y0, y1 = _widened(top, bottom, margin, self.height / per_y)
         image = Image.fromarray(self._read_level(level, x0, y0, x1, y1))
         method = Image.Resampling.HAMMING if min(factors) >= 1 else Image.Resampling.BILINEAR
-        return np.asarray(image.resize(size_px, method, box=(left - x0, top - y0, right - x0, bottom - y0), reducing_gap=4.0))
+        box = (max(left, x0) - x0, max(top, y0) - y0, min(right, x1) - x0, min(bottom, y1) - y0)
+        return np.asarray(image.resize(size_px, method, box=box))
 
     def read_tile(self, x: int, y: int, *, tile_level0_px: float, tile_px: int) -> np.ndarray:
         """uint8 (tile_px, tile_px, 3) of the tile whose top-left corner is (x, y)."""
@@ -159,7 +159,7 @@ def _downsample(full_px: int, level_px: int) -> float:
 
 def _widened(low: float, high: float, margin: int, end: float) -> tuple[int, int]:
     """Whole pixels around a box; the margin ends with the slide, the box need not."""
-    low_px, high_px = math.floor(low), math.ceil(high)
+    low_px, high_px = math.floor(low + 1e-6), math.ceil(high - 1e-6)
     return min(low_px, max(0, low_px - margin)), max(high_px, min(math.ceil(end), high_px + margin))
 
 

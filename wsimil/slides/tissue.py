@@ -30,6 +30,7 @@ from wsimil.errors import UsageError
 
 __all__ = [
     "ROI_EXCLUDE",
+    "TISSUE_VERSION",
     "TissueMask",
     "draw_overview",
     "find_tissue",
@@ -41,6 +42,9 @@ __all__ = [
     "to_geojson",
 ]
 
+TISSUE_VERSION = "auto-1"
+"""Part of the recipe of a bag: count it up with any change that changes a mask."""
+
 TISSUE_MPP = (8.0, 4.0, 2.0)
 """8 µm is a cell: a 112 µm tile is still 14 x 14 px, a 25 x 75 mm slide only 3,125 x 9,375. Finer for small fields."""
 LONG_SIDE_PX = 512
@@ -51,7 +55,7 @@ GLASS_MM2 = 0.05
 """Smallest clear patch that is glass. Fat cells (.02) and most lumens are smaller, and stay in the tissue."""
 TISSUE_MM2 = 0.01
 """Smallest piece of tissue; less than one tile of 224 px at 0.5 µm/px."""
-PEN_MM2 = 0.05
+PEN_MM2 = 0.03
 """Smallest pen mark: a felt tip's dot is .3 mm across or more; margin ink on the tissue itself is thinner."""
 BLUR_UM = 8.0
 """Everything is judged on cell-sized averages, whatever the µm/px: single nuclei and JPEG noise decide nothing."""
@@ -61,14 +65,14 @@ NECK_UM = 16.0
 """Clear patches joined by a neck thinner than twice this are separate: lumens that cracks connect do not make glass."""
 CLOSE_UM = 40.0
 """Gaps in tissue up to twice this are closed: the width of a fat cell, of which only the wall takes stain."""
-STROKE_UM = 30.0
+STROKE_UM = 20.0
 """Half the width of the thinnest pen stroke, or of the rims of one whose middle ran dry."""
 PEN_REACH_UM = 500.0
 """What has about a pen's colour is taken for it up to this far from a stroke: red ink pales into eosin's colour."""
 PEN_RIM_UM = 60.0
 """A stroke fades out over about this width."""
 
-# Absorbance: -log10 of transmitted light, averaged over BLUR_UM. On real slides glass varies by .005; pale stroma has .1
+# Absorbance: -log10 of transmitted light, averaged over BLUR_UM. Real glass varies by .005; pale stroma has .1.
 DARKNESS_WEIGHT = 0.3
 """Stain: spread between channels + this times their mean. A grey speck (.1, .1, .1) is nearly glass, pale pink not."""
 STAINED = 0.03
@@ -80,7 +84,7 @@ FLAT, FLAT_RELATIVE = 0.005, 0.05
 GREY, GREY_RELATIVE = 0.02, 0.15
 """Grey: spread between channels below .02 + this share of the absorbance. Stains have a share of .4 and more."""
 GREY_TISSUE = 0.3
-"""Silver stains are grey and dark; grey paler than this is dirt or a shadow, if nothing stained hangs together with it."""
+"""Silver stains are dark grey; grey paler than this is dirt or a shadow, unless it hangs together with stain."""
 DARK = 0.5
 """Flat patches that are grey and darker than this are padding, the edge of the slide or black pen; not glass."""
 
@@ -129,7 +133,7 @@ def find_tissue(rgb: np.ndarray, mpp: float, *, pen: bool = True) -> TissueMask:
     glass = _larger(_open(flat & (grey | (stain < STAINED)) & (mean < DARK), NECK_UM / mpp), GLASS_MM2, mpp)
     dark = grey & (mean >= DARK)
     dark = _connected(dark, _larger(dark & flat, GLASS_MM2, mpp) | _full_sides(dark))
-    ink = _find_pen(planes, texture, dark, mpp) if pen else np.zeros_like(dark)
+    ink = _find_pen(planes, dark, mpp) if pen else np.zeros_like(dark)
     outside = ink | _dilate(dark, 2 * BLUR_UM / mpp)  # the blur has smeared it
     if not glass.any():
         return TissueMask(~outside, ink, mpp, has_glass=False)
@@ -178,9 +182,7 @@ def outlines(mask: np.ndarray, *, size_level0_px: tuple[int, int]) -> list[shape
     return [part for polygon in polygons for part in _valid_parts(polygon)]
 
 
-def rasterize(
-    polygons: Iterable[shapely.Polygon], *, size_level0_px: tuple[int, int], shape: tuple[int, int]
-) -> np.ndarray:
+def rasterize(polygons: Iterable[shapely.Polygon], *, size_level0_px: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
     """Mask of `shape` (h, w) over a canvas `(width, height)`: True where a pixel's centre is inside a polygon."""
     mask = np.zeros(shape, bool)
     scale = np.array(shape[::-1]) / size_level0_px
@@ -214,9 +216,7 @@ def to_geojson(
     return {"type": "FeatureCollection", "origin_level0_px": [*origin_level0_px], "features": features}
 
 
-def read_rois(
-    path: str | Path, *, origin_level0_px: tuple[float, float] = (0, 0)
-) -> list[tuple[str | None, shapely.Polygon]]:
+def read_rois(path: str | Path, *, origin_level0_px: tuple[float, float] = (0, 0)) -> list[tuple[str | None, shapely.Polygon]]:
     """`(class, polygon)` of every area annotated in a GeoJSON file of QuPath's, gzipped or not.
 
     Detections, cells and tiles are not annotations; points and lines have no area: both are passed over.
@@ -276,9 +276,7 @@ def _features(document: Any, path: Path) -> list[Any]:
     elif isinstance(document, dict) and document.get("type") == "Feature":
         document = [document]
     if not isinstance(document, list):
-        raise UsageError(
-            f"{path}: neither a FeatureCollection nor a list of features; export the annotations from QuPath again"
-        )
+        raise UsageError(f"{path}: neither a FeatureCollection nor a list of features; export the annotations from QuPath again")
     return document
 
 
@@ -354,30 +352,29 @@ def _over_glass(planes: list[np.ndarray], candidates: np.ndarray, mpp: float) ->
     return [plane - np.median(plane[candidates]) for plane in planes]
 
 
-def _find_pen(planes: list[np.ndarray], texture: np.ndarray, dark: np.ndarray, mpp: float) -> np.ndarray:
-    """Ink, (h, w): wide and even strokes of a pen's colour, and what is near them in the same colour."""
+def _find_pen(planes: list[np.ndarray], dark: np.ndarray, mpp: float) -> np.ndarray:
+    """Ink, (h, w): wide strokes of a pen's colour, and what is near them in the same colour."""
     edge = _connected(dark, _frame(dark.shape))  # padding or the slide's own edge, not ink
     red, green, blue = (np.maximum(plane, 1e-3) for plane in planes)
     least = np.minimum(np.minimum(red, green), blue)
-    even = texture < 0.25 * _mean(planes)
     cyan = red - green
     crimson = blue > 0.62 * green
     inks = (  # (surely ink, paler ink of that colour, what may be ink or tissue)
         # Green and blue ink take clearly more red than green light. Eosin, haematoxylin, DAB and blood take less, pale
         # blue counterstain up to 1.3 times as much.
         (
-            ((red > 1.6 * green) & (red > 0.15)) | ((red > 1.1 * green) & (cyan > 0.15) & (red > 0.4) & even),
+            ((red > 1.6 * green) & (red > 0.15)) | ((red > 1.1 * green) & (cyan > 0.15) & (red > 0.4)),
             (red > 1.6 * green) & (cyan > 0.03),
             (red > 1.05 * green) & (cyan > 0.03),
         ),
         # Red ink takes blue light almost as it takes green; eosin half as much. So does blood, but never so strongly.
         (
-            (red < 0.25 * green) & crimson & (green > 0.7) & even,
+            (red < 0.25 * green) & crimson & (green > 0.7),
             (red < 0.18 * green) & crimson & (green > 0.05),
             (red < 0.25 * green) & crimson,
         ),
         # Black ink over anything: nothing comes through in any colour.
-        ((least > 0.7) & even, least > 0.5, least > 0.4),
+        (least > 0.7, least > 0.5, least > 0.4),
     )
     pen = dark & ~edge
     for surely, paler, alike in inks:

@@ -1,0 +1,209 @@
+"""A folder of bags is of one encoder and one scale, and a model sees valid tiles only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from wsimil.bags.bag import Bag, Geometry, write_bag
+from wsimil.bags.dataset import BagFolder, find_features_folder
+from wsimil.errors import BagFormatError, EncoderMismatchError, UsageError
+
+GEOMETRY = Geometry(128, 256.0, 0, 5000, 5000, 0.25, 0.5, "slide")
+DIM = 4
+
+
+def make_bag(slide_id: str, n_tiles: int, *, dim: int = DIM, invalid: int = 0, **attributes: object) -> Bag:
+    draw = np.random.default_rng(sum(map(ord, slide_id)))
+    valid = np.arange(n_tiles) >= invalid
+    features = draw.normal(n_tiles, 1 + n_tiles, (n_tiles, dim)).astype(np.float16)
+    features[~valid] = 1000  # would be seen if it came through
+    coords = draw.integers(0, 5000, (n_tiles, 2))
+    stated = {"slide_id": slide_id, "encoder": "texture", "encoder_sha256": "a" * 64, "effective_mpp": 0.5, "mpp": 0.25}
+    stated |= {"tile_level0_px": 256.0, "slide_fingerprint": "f", "recipe_hash": "r"}
+    return Bag(features, coords, valid, {}, stated | attributes)
+
+
+def write(folder: Path, bag: Bag, name: str | None = None) -> Path:
+    path = folder / f"{name or bag.attributes['slide_id']}.h5"
+    write_bag(path, bag, GEOMETRY)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "20x_128px_0px_overlap" / "features_texture"
+    for slide_id, n_tiles, invalid in (("a", 5, 0), ("b", 7, 2), ("c", 0, 0), ("d", 3, 3)):
+        write(folder, make_bag(slide_id, n_tiles, invalid=invalid))
+    return folder
+
+
+def test_bags_are_found_from_every_folder_above(folder):
+    for start in (folder, folder.parent, folder.parent.parent):
+        assert find_features_folder(start) == folder
+        assert BagFolder(start).slide_ids == ["a", "b", "c", "d"]
+
+
+def test_bags_of_others_need_no_name_for_their_folder(folder):
+    assert find_features_folder(folder.rename(folder.parent.parent / "uni")).name == "uni"
+
+
+def test_several_folders_of_bags_are_listed(folder):
+    write(folder.parent / "features_uni", make_bag("a", 2))
+    with pytest.raises(UsageError, match=r"features_texture, .*features_uni"):
+        BagFolder(folder.parent.parent)
+
+
+@pytest.mark.parametrize("start", ["absent", "empty", "features_empty"])
+def test_no_bag_is_an_error_that_names_the_folder(tmp_path, start):
+    if start != "absent":
+        (tmp_path / start).mkdir()
+    with pytest.raises(UsageError, match=start):
+        BagFolder(tmp_path / start)
+
+
+def test_what_other_writers_left_is_passed_over(folder):
+    (folder / ".e.tmp-host-1-2.h5").write_bytes(b"half")
+    (folder / "._a.h5").write_bytes(b"macOS")
+    (folder / "notes.txt").write_text("")
+    assert BagFolder(folder).slide_ids == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"encoder": "uni"}, "uni"),
+        ({"encoder_sha256": "b" * 64}, "bbbbbbbb"),
+        ({"dim": DIM + 1}, "5 wide"),
+        ({"effective_mpp": 0.25}, r"0\.25"),
+    ],
+)
+def test_bags_that_do_not_belong_together_name_two_slides(folder, changes, words):
+    write(folder, make_bag("e", 4, **changes))
+    with pytest.raises(EncoderMismatchError, match=rf"(?s)\ba .*e .*{words}"):
+        BagFolder(folder)
+
+
+def test_scales_that_differ_by_rounding_belong_together(folder):
+    write(folder, make_bag("e", 4, effective_mpp=0.5055))
+    assert "e" in BagFolder(folder).slide_ids
+
+
+def test_two_bags_of_one_slide_are_named(folder):
+    write(folder, make_bag("a", 4), "copy")
+    with pytest.raises(BagFormatError, match=r"a\.h5 and copy\.h5 are both of slide a"):
+        BagFolder(folder)
+
+
+def test_a_damaged_bag_is_named(folder):
+    path = folder / "b.h5"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BagFormatError, match=r"b\.h5"):
+        BagFolder(folder)
+
+
+def test_a_bag_damaged_after_opening_is_named(folder):
+    bags = BagFolder(folder)
+    (folder / "b.h5").write_bytes(b"")
+    with pytest.raises(BagFormatError, match=r"b\.h5"):
+        bags.load("b")
+
+
+def test_only_slides_with_a_usable_tile_are_filled(folder):
+    bags = BagFolder(folder)
+    assert bags.filled == ["a", "b"]
+    assert [bags.n_valid(name) for name in bags.slide_ids] == [5, 5, 0, 0]
+
+
+def test_rows_that_are_not_valid_never_reach_a_model(folder):
+    bags, stored = BagFolder(folder), make_bag("b", 7, invalid=2)
+    batch = bags.load("b").checked()
+    assert batch.features.dtype == torch.float32 and batch.slide_ids == ("b",)
+    np.testing.assert_array_equal(batch.features.numpy(), stored.features[2:].astype(np.float32))
+    np.testing.assert_allclose(batch.coords_um.numpy(), (stored.coords_level0_px[2:] + 128) * 0.25)
+    assert batch.tile_um.tolist() == [64.0]
+    assert len(bags.load("c").features) == len(bags.load("d").features) == 0
+    assert bags.load("c").features.shape == (0, DIM)
+
+
+def test_without_a_scale_there_are_no_positions(folder):
+    write(folder, make_bag("e", 4, mpp=None))
+    batch = BagFolder(folder).load("e")
+    assert batch.coords_um is None and batch.tile_um is None
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 150, 1 << 30])
+def test_the_cache_does_not_change_results(folder, cache_bytes):
+    bags, fresh = BagFolder(folder, cache_bytes=cache_bytes), BagFolder(folder, cache_bytes=0)
+    for slide_id in [*bags.slide_ids, *reversed(bags.slide_ids)]:
+        assert torch.equal(bags.load(slide_id).features, fresh.load(slide_id).features)
+    assert sum(bag.features.nbytes + bag.coords_level0_px.nbytes for bag in bags._cache.values()) <= cache_bytes
+    assert ("a" in bags._cache) == (cache_bytes >= 120)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_model_that_writes_into_its_batch_does_not_reach_the_cache(folder, dtype):
+    bag = make_bag("e", 4)
+    write(folder, replace(bag, features=bag.features.astype(dtype)))
+    bags = BagFolder(folder)
+    before = bags.load("e").features.clone()
+    bags.load("e").features.zero_()
+    assert torch.equal(bags.load("e").features, before)
+
+
+def test_features_that_are_no_numbers_are_named(folder):
+    bag = make_bag("e", 6, invalid=1)
+    bag.features[4, 2] = np.nan
+    write(folder, bag)
+    with pytest.raises(BagFormatError, match=r"e\.h5: the features of tile 4 are NaN or infinite"):
+        BagFolder(folder).load("e")
+    bag.valid[4] = False
+    write(folder, bag)
+    assert len(BagFolder(folder).load("e").features) == 4
+
+
+@pytest.mark.parametrize("block", [1, 3, 4096])
+def test_moments_weigh_slides_alike(folder, monkeypatch, block):
+    monkeypatch.setattr("wsimil.bags.dataset._BLOCK", block)
+    parts = [make_bag("a", 5).features.astype(float), make_bag("b", 7, invalid=2).features[2:].astype(float)]
+    together = np.concatenate(parts)
+    weights = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in parts])
+    expected = np.average(together, axis=0, weights=weights)
+    spread = np.sqrt(np.average((together - expected) ** 2, axis=0, weights=weights))
+    mean, deviation = BagFolder(folder).moments(["a", "b", "c", "d"])  # empty slides weigh nothing
+    np.testing.assert_allclose(mean, expected, rtol=1e-6)
+    np.testing.assert_allclose(deviation, spread, rtol=1e-6)
+
+
+def test_a_feature_that_never_varies_becomes_zero(folder):
+    bag = make_bag("e", 6)
+    bag.features[:, 1] = 0.1
+    write(folder, bag)
+    bags = BagFolder(folder)
+    mean, deviation = bags.moments(["e"])
+    standardized = (bags.load("e").features - mean) / deviation
+    assert (standardized[:, 1] == 0).all() and standardized.isfinite().all()
+
+
+def test_a_fingerprint_changes_with_what_the_bag_was_made_of(folder):
+    before = BagFolder(folder).fingerprint("a")
+    for changes in ({"recipe_hash": "other"}, {"slide_fingerprint": "other"}):
+        write(folder, make_bag("a", 5, **changes))
+        assert BagFolder(folder).fingerprint("a") != before
+    write(folder, make_bag("a", 5, wsimil_version="other"))
+    assert BagFolder(folder).fingerprint("a") == before
+
+
+def test_a_foreign_bag_is_known_by_its_content(tmp_path):
+    seen = set()
+    for value in (1, 2):
+        with h5py.File(tmp_path / "a.h5", "w") as content:
+            content["features"] = np.full((3, 2), value, np.float32)
+            content["coords"] = np.zeros((3, 2), int)
+        seen.add(BagFolder(tmp_path).fingerprint("a"))
+    assert len(seen) == 2

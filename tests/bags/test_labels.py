@@ -1,0 +1,250 @@
+"""A label table is read as it was meant, or refused with the line, the name and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+import pandas as pd
+import pytest
+
+from wsimil.bags.labels import infer_task, match_labels, match_slides, read_labels, slide_ids_of
+from wsimil.config import LabelsConfig
+from wsimil.errors import LabelsError
+from wsimil.files import slide_id_from_path
+from wsimil.task import Task
+
+CONFIG = LabelsConfig()
+
+
+@pytest.fixture
+def table(tmp_path: Path):
+    def write(content: str | bytes) -> Path:
+        path = tmp_path / "labels.csv"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def rows(labels: pd.DataFrame) -> list[tuple]:
+    return list(labels.itertuples(index=False, name=None))
+
+
+# ---------------------------------------------------------------- reading
+
+PLAIN = [("a.svs", "P1", "x", "tumour"), ("b.svs", "P2", "y", "normal")]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "slide,patient,site,label\na.svs,P1,x,tumour\nb.svs,P2,y,normal\n",
+        "\ufeffslide,patient,site,label\na.svs,P1,x,tumour\nb.svs,P2,y,normal",
+        "slide;patient;site;label\r\na.svs;P1;x;tumour\r\nb.svs;P2;y;normal\r\n",
+        "slide\tpatient\tsite\tlabel\na.svs\tP1\tx\ttumour\nb.svs\tP2\ty\tnormal\n",
+        " slide , label,site ,patient\n a.svs,tumour ,x,P1\nb.svs,\u00a0normal,y, P2\n",
+        ',slide,patient,site,label,,\n0,"a.svs",P1,x,"tumour",,\n1,b.svs,P2,y,normal,,\n,,,,,,\n\n',
+        "label,age,slide,site,patient\ntumour,,a.svs,x,P1\nnormal,51,b.svs,y,P2\n",
+    ],
+    ids=["plain", "bom", "semicolons", "tabs", "spaces", "spreadsheet", "order"],
+)
+def test_tables_are_read_however_they_were_saved(table, content):
+    labels = read_labels(table(content), CONFIG)
+    assert list(labels.columns) == ["slide", "patient", "site", "label"]
+    assert rows(labels) == PLAIN
+
+
+def test_text_with_separators_and_line_breaks_is_one_cell(table):
+    labels = read_labels(table('slide,patient,label\n"a, left.svs",P1,"x\ny"\nb,"P ""2""",z\n'), CONFIG)
+    assert rows(labels) == [("a, left.svs", "P1", "", "x\ny"), ("b", 'P "2"', "", "z")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PK\x03\x04\xff\xfe", "save it as CSV"),
+        ("slide,label\n".encode("utf-16"), "save it as CSV"),
+        ("", "no table"),
+        ("\n , \n", "no table"),
+        ("slide,lable\na,1\n", "no column 'label'; did you mean lable"),
+        ("Slide,label\na,1\n", "no column 'slide'; did you mean Slide"),
+        ("slide label\na 1\n", "no column 'label'"),
+        ("slide,label,label\na,1,2\n", "two columns are named 'label'"),
+        ("slide,label\na,1\nb,tumour, left\n", "line 3: more cells than columns"),
+        ("slide,label\na,1\n\n ,2\n", "line 4: the slide is empty"),
+    ],
+)
+def test_tables_that_cannot_be_used_say_why(table, content, words):
+    with pytest.raises(LabelsError, match=rf"labels\.csv.*{words}"):
+        read_labels(table(content), CONFIG)
+
+
+def test_no_table_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(LabelsError, match=r"absent\.csv.*No such file"):
+        read_labels(tmp_path / "absent.csv", CONFIG)
+
+
+def test_asked_columns_are_used_or_missed(table):
+    path = table("slide,case,centre,her2\na,C1,x,0\nb,,y,1\n")
+    labels = read_labels(path, LabelsConfig(target="her2"), group="case", site="centre")
+    assert rows(labels) == [("a", "C1", "x", "0"), ("b", "b", "y", "1")]
+    for options, column in (({"group": "cases"}, "'cases'; did you mean case"), ({"site": "center"}, "'center'")):
+        with pytest.raises(LabelsError, match=column):
+            read_labels(path, LabelsConfig(target="her2"), **options)
+
+
+def test_a_slide_without_a_patient_is_its_own(table):
+    labels = read_labels(table("slide,patient,label\na,,x\nb,NA,y\nc,P,x\n"), CONFIG)
+    assert labels["patient"].tolist() == ["a", "b", "P"]  # not one patient called NA
+    assert read_labels(table("slide,label\na,x\n"), CONFIG)["patient"].tolist() == ["a"]
+
+
+def test_missing_labels_are_empty_and_none_is_a_class(table):
+    labels = read_labels(table("slide,label\na,\nb,NA\nc,nan\nd,N/A\ne, null \nf,none\ng,NAB\nh\n"), CONFIG)
+    assert labels["label"].tolist() == ["", "", "", "", "", "none", "NAB", ""]
+
+
+def test_labels_stay_text(table):
+    assert read_labels(table("slide,label\n007,007\n1e3,1e3\n"), CONFIG)["slide"].tolist() == ["007", "1e3"]
+    assert read_labels(table("slide,label\na,007\nb,010\n"), CONFIG)["label"].tolist() == ["007", "010"]
+    assert read_labels(table("slide,label\na,1.0\nb,0.5\n"), CONFIG)["label"].tolist() == ["1.0", "0.5"]
+
+
+def test_whole_numbers_written_with_a_point_are_whole_numbers(table):
+    """What programs make of a column of integers with an empty cell."""
+    labels = read_labels(table("slide,label\na,1.0\nb,0.0\nc,\nd,2\n"), CONFIG)["label"]
+    assert labels.tolist() == ["1", "0", "", "2"]
+    assert infer_task(labels, CONFIG) == Task("multiclass", ("0", "1", "2"))
+
+
+# ---------------------------------------------------------------- finding slides
+
+PATHS = ["centre 1/A", "centre 2/A", "centre 2/B_1", "C__1", "TCGA-01.x", "D"]
+IDS = [slide_id_from_path(PurePosixPath(path)) for path in PATHS]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("D", "D"),
+        ("D.svs", "D"),
+        ("D.OME.TIFF", "D"),
+        ("./D.svs", "D"),
+        ("TCGA-01.x.svs", "TCGA-01.x"),
+        ("TCGA-01.x", "TCGA-01.x"),
+        ("C__1.svs", "C__1"),
+        ("C_%5F1", "C__1"),
+        ("centre 1__A", "centre 1/A"),
+        ("centre 1/A.svs", "centre 1/A"),
+        ("centre 2\\A.svs", "centre 2/A"),
+        ("B_1.ndpi", "centre 2/B_1"),
+        ("/data/elsewhere/B_1.ndpi", "centre 2/B_1"),
+        ("C:\\data\\B_1.ndpi", "centre 2/B_1"),
+        ("../slides/D.svs", "D"),
+    ],
+)
+def test_slides_are_found_by_id_path_or_unique_file_name(name, path):
+    assert match_slides([name], IDS) == [slide_id_from_path(PurePosixPath(path))]
+
+
+def test_a_file_name_that_two_slides_have_is_no_name():
+    with pytest.raises(LabelsError, match=r"'A\.svs' of the table could be centre 1__A, centre 2__A"):
+        match_slides(["D", "A.svs"], IDS)
+
+
+def test_an_id_beats_a_file_name():
+    assert match_slides(["A"], ["A", "x__A"]) == ["A"]
+
+
+def test_unknown_slides_are_counted_and_the_nearest_is_named():
+    with pytest.raises(LabelsError, match=r"'TCGA-02.x.svs' \(and 1 more\).*none of the 6.*did you mean TCGA-01.x"):
+        match_slides(["D", "TCGA-02.x.svs", "Z"], IDS)
+
+
+def labelled(*given: tuple[str, str, str]) -> pd.DataFrame:
+    return pd.DataFrame(given, columns=["slide", "patient", "label"]).assign(site="")
+
+
+def test_the_same_said_twice_is_one_row():
+    matched = match_labels(labelled(("b", "P", "x"), ("a.svs", "P", "x"), ("a", "P", "x")), ["a", "b", "c"])
+    assert matched["slide_id"].tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"), [(("a.svs", "P", "y"), "label 'x' and 'y'"), (("a", "Q", "x"), "patient 'P' and 'Q'")]
+)
+def test_two_things_said_of_one_slide_are_an_error(other, words):
+    with pytest.raises(LabelsError, match=f"two things of a: {words}"):
+        match_labels(labelled(("b", "P", "x"), ("a", "P", "x"), other), ["a", "b"])
+
+
+@pytest.mark.parametrize("name", ["D.svs", "centre 1/A.svs", "centre 1__A", "C__1.svs", "C_%5F1", "/data/B_1.svs"])
+def test_ids_made_without_slides_are_found_when_there_are_slides(name):
+    made = slide_ids_of(labelled((name, "P", "x")))["slide_id"].tolist()
+    assert match_slides(made, IDS) == match_slides([name], IDS)
+
+
+# ---------------------------------------------------------------- what kind of task
+
+
+def labels_of(*values: str) -> pd.Series:
+    return pd.Series([*values, "", *values])
+
+
+@pytest.mark.parametrize(
+    ("values", "task"),
+    [
+        (("1", "0"), Task("binary", ("0", "1"))),
+        (("10", "2"), Task("binary", ("2", "10"))),
+        (("tumour", "normal"), Task("binary", ("normal", "tumour"))),
+        (("0.5", "1.5"), Task("binary", ("0.5", "1.5"))),
+        (("c", "a", "b"), Task("multiclass", ("a", "b", "c"))),
+        (("10", "9", "0", "2"), Task("multiclass", ("0", "2", "9", "10"))),
+        (("3_4", "4_3", "4_4"), Task("multiclass", ("3_4", "4_3", "4_4"))),
+        (("1e", "nano", "infinity"), Task("multiclass", ("1e", "infinity", "nano"))),
+        (("0.5", "1", "-2.25"), Task("regression")),
+        (("1e-3", "2e-3", "3"), Task("regression")),
+    ],
+)
+def test_the_values_say_the_task(values, task):
+    assert infer_task(labels_of(*values), CONFIG) == task
+
+
+@pytest.mark.parametrize(
+    ("values", "config", "task"),
+    [
+        (("a", "b"), LabelsConfig(positive="a"), Task("binary", ("b", "a"))),
+        (("a", "b"), LabelsConfig(task="multiclass"), Task("multiclass", ("a", "b"))),
+        (("0", "1"), LabelsConfig(task="regression"), Task("regression")),
+        (("1", "900", "-5"), LabelsConfig(task="regression"), Task("regression")),
+        (("1", "900", "-5"), LabelsConfig(task="multiclass"), Task("multiclass", ("-5", "1", "900"))),
+    ],
+)
+def test_what_was_asked_beats_what_the_values_say(values, config, task):
+    assert infer_task(labels_of(*values), config) == task
+
+
+@pytest.mark.parametrize(
+    ("values", "config", "words"),
+    [
+        ((), CONFIG, "0 value"),
+        (("a",), CONFIG, "1 value"),
+        (tuple(map(str, range(21))), CONFIG, "21 values such as 0  1  2  3: classes or quantities.*--task"),
+        (("0", "1", "101"), CONFIG, "--task"),
+        (("0", "1", "unknown"), CONFIG, "--task"),
+        (("0,5", "1,5", "2,25"), CONFIG, "decimal point"),
+        (("0,5", "1,5", "3"), CONFIG, "decimal point"),
+        (("0.5", "inf", "1"), LabelsConfig(task="regression"), "'inf' is not a number"),
+        (("0.5", "3_4", "1"), LabelsConfig(task="regression"), "'3_4' is not a number"),
+        (("0.5", "high"), LabelsConfig(task="regression"), "'high' is not a number"),
+        (("a", "b", "c"), LabelsConfig(task="binary"), "not binary"),
+        (("a", "b"), LabelsConfig(positive="A"), r"'A' is not a value of 'label' \(a, b\)"),
+        (("a", "b", "c"), LabelsConfig(positive="a"), "--positive is for two"),
+        (("Tumour", "tumour", "normal"), CONFIG, "'Tumour' and 'tumour' look like one class"),
+        (("lobular  type", "lobular type"), CONFIG, "look like one class"),
+        (("7", "007", "1"), CONFIG, "'007' and '7' look like one class"),
+    ],
+)
+def test_values_that_could_be_several_things_are_asked_about(values, config, words):
+    with pytest.raises(LabelsError, match=words):
+        infer_task(labels_of(*values), config)

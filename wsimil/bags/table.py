@@ -1,0 +1,60 @@
+"""A table as people keep it, read as text: nothing in it is guessed to be a number, and no row is lost in silence.
+
+- Separated by commas, semicolons or tabs, whichever the first line holds; with or without a byte-order mark.
+- Cells are stripped; empty rows and columns without a name, as spreadsheets leave them, are passed over.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pandas as pd
+
+from wsimil.config import nearest
+from wsimil.errors import UsageError
+
+__all__ = ["Table", "read_table", "require_column"]
+
+Table: TypeAlias = Any
+"""A `pandas.DataFrame`; pandas' own annotations make every column a union that no type checker can follow."""
+
+
+def read_table(path: str | Path, error: type[UsageError]) -> Table:
+    """All cells as stripped text; the index is the line in the file.
+
+    Raises:
+        error: no such file, not UTF-8 text, no header, a column twice, or a row with more cells than the header.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as handle:
+            header = handle.readline()
+            separator = next((mark for mark in ",;\t" if mark in header), ",")
+            handle.seek(0)
+            reader = csv.reader(handle, delimiter=separator)
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except UnicodeDecodeError as cause:
+        raise error(f"{path}: not UTF-8 text; save it as CSV (UTF-8), not as a spreadsheet file") from cause
+    except (OSError, csv.Error) as cause:
+        raise error(f"{path}: not a table that can be read ({cause})") from cause
+    rows = [(line, row) for line, row in rows if any(row)]
+    if not rows:
+        raise error(f"{path}: no table in it")
+    columns = rows[0][1]
+    named = [column for column in columns if column]
+    if len(set(named)) < len(named):
+        twice = next(column for column in named if named.count(column) > 1)
+        raise error(f"{path}: two columns are named {twice!r}")
+    for line, row in rows[1:]:
+        if any(row[len(columns) :]):
+            raise error(f"{path}, line {line}: more cells than columns; text that holds {separator!r} must be quoted")
+    cells = [[*row[: len(columns)], *[""] * (len(columns) - len(row))] for _, row in rows[1:]]
+    return pd.DataFrame(cells, index=[line for line, _ in rows[1:]], columns=columns, dtype=str)[named]
+
+
+def require_column(path: str | Path, table: Table, column: str, error: type[UsageError]) -> None:
+    """Raises `error`, which names the nearest column, where there is none of that name."""
+    if column not in table:
+        there = ", ".join(table.columns)
+        raise error(f"{path}: no column {column!r}{nearest(column, table.columns)} (columns: {there})")
