@@ -144,7 +144,7 @@ class TrainConfig:
     aggregator: str = option("gated_abmil", "see `wsimil aggregators`")
     hidden: int = option(256, "width H inside the aggregator")
     dropout: float = option(0.25, "dropout on the hidden features")
-    lr: float = option(3e-4, "learning rate (AdamW, one cosine cycle)")
+    lr: float = option(1e-3, "learning rate (AdamW, one cosine cycle)")
     weight_decay: float = option(1e-4, "weight decay")
     epochs: int = option(60, "most passes over the training slides")
     patience: int = option(15, "stop after so many epochs without a better validation loss")

@@ -1,0 +1,29 @@
+"""Slides and cohorts that tests share; painted or made here, nothing downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wsimil.slides.write_tiff import write_slide
+
+
+def speckled(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """A field without glass: tissue-coloured noise in blocks, (height, width, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(-40, 40, (height // 8 + 1, width // 8 + 1, 3)).repeat(8, 0).repeat(8, 1)[:height, :width]
+    return np.clip(np.array([190, 120, 170]) + coarse, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def slides(tmp_path: Path) -> Path:
+    """Three small slides: whole tissue at .5 and at .25 µm/px, and bare glass."""
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    write_slide(folder / "a.tiff", speckled(600, 400, 1), mpp=0.5, compression="deflate", downsamples=(1, 4))
+    write_slide(folder / "b.tiff", speckled(1024, 768, 2), mpp=0.25, compression="deflate", downsamples=(1, 4))
+    glass = np.full((700, 700, 3), 240, np.uint8)
+    write_slide(folder / "glass.tiff", glass, mpp=0.5, compression="deflate", downsamples=(1, 4))
+    return folder
