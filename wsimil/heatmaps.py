@@ -193,7 +193,7 @@ def _draw_one(scores: Path, file: SlideFile, row: dict[str, Any], out: Path, con
 
 
 def _caption(tile_map: TileMap, row: dict[str, Any]) -> str:
-    if row.get("status") != "done":
+    if row.get("status") != "done" or not {"value", "prediction"} & set(row):
         return tile_map.slide_id
     if "value" in row:
         return f"{tile_map.slide_id}   predicted {row['value']:.3g}" + (f"   true {row['label']}" if str(row["label"]) else "")

@@ -89,6 +89,10 @@ def predict(
         if status.status == "failed" and status.slide_id not in bag_folder.headers:
             _, fold, split = run.models_for(status.slide_id)
             rows.append(run.describe([status.slide_id], bag_folder, statuses) | {"fold": fold, "split": split, "status": "failed"})
+    written = {slide_id for row in rows if row["status"] == "done" for slide_id in groups.get(row["slide_id"], [])}
+    for path in (Path(out) / "scores").glob("*.h5"):
+        if path.stem not in written:  # of an earlier prediction of other slides
+            path.unlink()
     table = pd.DataFrame(rows, columns=_columns(run.task)).sort_values("slide_id", ignore_index=True)
     save_settings(Path(out) / "config.yaml", Settings(predict=config), ["predict"])
     with atomic_path(Path(out) / "predictions.csv") as temporary:

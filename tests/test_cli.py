@@ -1,0 +1,87 @@
+"""What users type: answers, exit statuses, and where the words go."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from wsimil.cli import COMMANDS, main
+
+
+def test_help_lists_every_command_in_flow_order(capsys) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    places = [text.index(f"\n  {name} ") for name in COMMANDS]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_with_an_example(name: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert COMMANDS[name].example in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["extrakt"], "did you mean extract"),
+        (["extract", "x", "--out", "y", "--tile-pz", "3"], "did you mean --tile-px"),
+        (["extract", "--out", "y"], "SLIDES"),
+        (["extract", "no-such-folder", "--out", "y"], "no-such-folder"),
+        (["extract", "x", "--out", "y", "--mpp", "fast"], "mpp is 'fast'"),
+        (["extract", "x", "--out", "y", "--shard", "3/2"], "shard"),
+        (["tile", "x", "--out", "y", "--overlap-px", "224"], "overlap_px"),
+        (["train", "no-bags", "--labels", "l.csv", "--out", "y"], "no-bags"),
+        (["run", "x", "--out", "y"], "--labels"),
+    ],
+)
+def test_wrong_usage_is_named_and_ends_with_2(argv: list[str], said: str, capsys) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and not captured.out
+    assert "Traceback" not in captured.err
+
+
+def test_underscores_sections_and_yaml_mean_the_same(tmp_path: Path, capsys) -> None:
+    (tmp_path / "c.yaml").write_text("tile: {tile_px: 96}\ntrain: {lr: 0.5}\n")
+    base = ["extract", "x", "--out", "y", "--print-config"]
+    resolved = []
+    for flags in (["--tile-px", "96"], ["--tile_px=96"], ["--tile.tile-px", "96"], ["--config", str(tmp_path / "c.yaml")]):
+        assert main([*base, *flags]) == 0
+        resolved.append(yaml.safe_load(capsys.readouterr().out))
+    assert all(one == resolved[0] for one in resolved) and resolved[0]["tile"]["tile_px"] == 96
+
+
+def test_what_print_config_prints_is_a_config(tmp_path: Path, capsys) -> None:
+    assert main(["run", "x", "--labels", "l", "--out", "y", "--folds", "3", "--seed", "7", "--print-config"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "c.yaml").write_text(text)
+    assert main(["run", "x", "--labels", "l", "--out", "y", "--config", str(tmp_path / "c.yaml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == text
+    assert yaml.safe_load(text)["split"]["seed"] == yaml.safe_load(text)["train"]["seed"] == 7
+
+
+def test_some_slides_failed_ends_with_1_and_names_them_last(slides: Path, tmp_path: Path, capsys) -> None:
+    (slides / "bad.svs").write_bytes(b"x")
+    assert main(["extract", str(slides), "--out", str(tmp_path / "job"), "--tile-px", "64"]) == 1
+    assert "bad" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_json_is_the_whole_of_stdout(slides: Path, tmp_path: Path, capsys) -> None:
+    assert main(["extract", str(slides), "--out", str(tmp_path / "job"), "--tile-px", "64", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["counts"] == {"done": 2, "empty": 1, "failed": 0, "skipped": 0}
+
+
+def test_stages_one_by_one(slides: Path, tmp_path: Path, capsys) -> None:
+    """tile and extract share their coordinates: the second reads what the first wrote."""
+    job = tmp_path / "job"
+    assert main(["tile", str(slides), "--out", str(job), "--tile-px", "64", "--quiet"]) == 0
+    patches = {path: path.stat().st_mtime_ns for path in job.rglob("*_patches.h5")}
+    assert main(["extract", str(slides), "--out", str(job), "--tile-px", "64", "--quiet"]) == 0
+    assert len(patches) == 3 and {path: path.stat().st_mtime_ns for path in job.rglob("*_patches.h5")} == patches
