@@ -134,6 +134,7 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         _require(self.folds >= 2, f"split.folds is {self.folds}; expected at least 2")
+        _require(self.seed >= 0, f"split.seed is {self.seed}; expected 0 or more")
         _require(0 < self.val_fraction < 1, f"split.val_fraction is {self.val_fraction}; expected between 0 and 1")
 
 
@@ -159,6 +160,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("hidden", "epochs", "patience", "bags_per_step", "seeds"):
             _require(getattr(self, key) >= 1, f"train.{key} is {getattr(self, key)}; expected at least 1")
+        _require(self.seed >= 0, f"train.seed is {self.seed}; expected 0 or more")
         _require(0 <= self.dropout < 1, f"train.dropout is {self.dropout}; expected 0 up to 1")
         _require(self.lr > 0, f"train.lr is {self.lr}; expected more than 0")
         _require(self.fold == "all" or self.fold.isdigit(), f"train.fold is {self.fold!r}; expected all, or a number")

@@ -25,7 +25,7 @@ DEMO_SETTINGS = Settings(
     tile=TileConfig(mpp=0.5, tile_px=128),
     extract=ExtractConfig(encoder="texture"),
     split=SplitConfig(folds=4),
-    train=TrainConfig(aggregator="gated_abmil", epochs=40, patience=12, hidden=128),
+    train=TrainConfig(aggregator="gated_abmil", epochs=20, patience=8, hidden=128),
 )
 
 

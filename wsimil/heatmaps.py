@@ -182,7 +182,7 @@ def _draw_one(scores: Path, file: SlideFile, row: dict[str, Any], out: Path, con
                     f"{slide.width}×{slide.height} px, but the scores are of {'×'.join(map(str, tile_map.size_level0_px))} px: "
                     "another version of the slide"
                 )
-            factor = max(slide.width, slide.height) / config.max_side_px
+            factor = max(1.0, max(slide.width, slide.height) / config.max_side_px)
             picture = slide.overview((max(1, round(slide.width / factor)), max(1, round(slide.height / factor))))
         with atomic_path(out / f"{tile_map.slide_id}.png") as temporary:
             overlay(picture, tile_map, _caption(tile_map, row)).save(temporary, compress_level=3)

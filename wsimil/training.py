@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from wsimil.aggregators import Standardized, make_aggregator
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.labels import infer_task, match_labels, match_slides, read_labels
-from wsimil.bags.splits import make_splits, read_splits, splits_hash, write_splits
+from wsimil.bags.splits import check_splits, make_splits, read_splits, splits_hash, write_splits
 from wsimil.batch import Aggregator, LabelledBags, Objective, pack
 from wsimil.config import LabelsConfig, Settings, SplitConfig, TrainConfig, save_settings
 from wsimil.errors import SplitsError, UsageError
@@ -59,7 +59,6 @@ class Loop(lightning.LightningModule):
         lr, weight_decay: of AdamW.
         total_steps: length of the cosine from `lr` to zero, after a twentieth of linear warm-up.
         patience: epochs without a better validation loss after which to stop.
-        on_epoch: called with the history (one dict per epoch) after each validation.
     """
 
     def __init__(
@@ -71,12 +70,11 @@ class Loop(lightning.LightningModule):
         weight_decay: float,
         total_steps: int,
         patience: int,
-        on_epoch: Callable[[list[dict[str, float]]], None] = lambda history: None,
     ) -> None:
         super().__init__()
         self.model, self.objective = model, objective
         self.lr, self.weight_decay = lr, weight_decay
-        self.total_steps, self.patience, self.on_epoch = total_steps, patience, on_epoch
+        self.total_steps, self.patience = total_steps, patience
         self.history: list[dict[str, float]] = []
         self.best_state: dict[str, Tensor] = {}
         self.best_epoch = -1
@@ -134,7 +132,6 @@ class Loop(lightning.LightningModule):
             self.best_epoch = self.current_epoch
             self.best_state = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
         self.history.append({"epoch": self.current_epoch, "train_loss": train_loss, "val_loss": val_loss})
-        self.on_epoch(self.history)
         if self.current_epoch - self.best_epoch >= self.patience:
             self.trainer.should_stop = True
 
@@ -157,14 +154,17 @@ def _items(batch: Any) -> int:
 
 
 class _LastCheckpoint(lightning.Callback):
-    """After every epoch the whole state, atomically: a kill at any moment leaves a file that resumes."""
+    """The whole state after the first epoch and then every few seconds, atomically: a kill leaves a file that resumes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, every_seconds: float = 5.0) -> None:
+        self.path, self.every_seconds, self.last = path, every_seconds, -math.inf
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if time.monotonic() - self.last < self.every_seconds:
+            return  # syncing a file to the disk costs more than an epoch over a small cohort
         with atomic_path(self.path) as temporary:
             trainer.save_checkpoint(temporary)
+        self.last = time.monotonic()
 
 
 class EpochShuffle(Sampler[int]):
@@ -235,6 +235,10 @@ def prepare_cohort(
         return Cohort(table, make_splits(usable, task, split_config), task)
     given = read_splits(splits)
     given["slide_id"] = match_slides(given["slide_id"], known)
+    # whose a slide is, the label table says; two names may turn out to be one slide: so the check comes after
+    patients = dict(zip(table["slide_id"].tolist(), table["patient"].tolist(), strict=True))
+    given["patient"] = [patients.get(name, patient) for name, patient in zip(given["slide_id"], given["patient"], strict=True)]
+    check_splits(given)
     unknown = sorted(set(given["slide_id"]) - set(table["slide_id"]))
     if unknown:
         raise SplitsError(f"{splits}: {unknown[0]} is not a labelled slide ({len(unknown)} such rows)")
@@ -420,12 +424,6 @@ def _fit(
     def loader(slides: _LabelledSlides, sampler: Sampler[int] | None) -> DataLoader:
         return DataLoader(slides, config.bags_per_step, sampler=sampler, collate_fn=slides.collate)
 
-    def write_metrics(history: list[dict[str, float]]) -> None:
-        with atomic_path(run / "metrics.csv") as temporary, open(temporary, "w", newline="") as handle:
-            writer = csv.DictWriter(handle, list(history[0]))
-            writer.writeheader()
-            writer.writerows(history)
-
     loop = Loop(
         model,
         objective,
@@ -433,7 +431,6 @@ def _fit(
         weight_decay=config.weight_decay,
         total_steps=config.epochs * math.ceil(len(train) / config.bags_per_step),
         patience=config.patience,
-        on_epoch=write_metrics,
     )
     last = run / "last.ckpt"
     with _quiet_lightning():
@@ -457,6 +454,8 @@ def _fit(
             weights_only=True,
         )
     loop.cpu()
+    with atomic_path(run / "metrics.csv") as temporary:
+        pd.DataFrame(loop.history).to_csv(temporary, index=False)
     return loop
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from conftest import speckled
+
 from wsimil.bags.bag import read_bag, read_header
 from wsimil.config import ExtractConfig, TileConfig
 from wsimil.encoders import load_encoder

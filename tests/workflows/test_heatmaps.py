@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import speckled
 from PIL import Image
 
-from conftest import speckled
+from wsimil.bags.bag import read_bag
 from wsimil.config import HeatmapConfig, TileConfig
 from wsimil.extraction import extract_features
-from wsimil.bags.bag import read_bag
 from wsimil.files import read_json, write_text
 from wsimil.hdf5 import Dataset, write_hdf5
 from wsimil.heatmaps import draw_heatmaps, read_tile_map
@@ -41,7 +41,12 @@ def darkness_scores(bag_path: Path, slide_path: Path, scores: Path) -> None:
     write_hdf5(
         scores / bag_path.name,
         {"coords": Dataset(bag.coords_level0_px), "contributions": Dataset(contributions)},
-        {"format": "wsimil-scores", **{key: bag.attributes[key] for key in kept}, "class_names": ["dark"], "contribution_kind": "exact"},
+        {
+            "format": "wsimil-scores",
+            **{key: bag.attributes[key] for key in kept},
+            "class_names": ["dark"],
+            "contribution_kind": "exact",
+        },
     )
 
 
@@ -53,10 +58,14 @@ def drawn(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, t
     path = tmp_path / "slides" / ("s.scn" if request.param == "leica" else "s.tiff")
     path.parent.mkdir()
     options = {"bounds_offset_px": OFFSET} if request.param == "leica" else {}
-    write_slide(path, rgb, mpp=0.5, vendor=request.param, compression="jpeg", chroma="4:4:4", quality=95, downsamples=(1, 4), **options)
+    write_slide(
+        path, rgb, mpp=0.5, vendor=request.param, compression="jpeg", chroma="4:4:4", quality=95, downsamples=(1, 4), **options
+    )
     extraction = extract_features(path.parent, tmp_path / "job", tile=TileConfig(tile_px=50), quiet=True)
     darkness_scores(extraction.features_folder / "s.h5", path, tmp_path / "predictions" / "scores")
-    write_text(tmp_path / "predictions" / "predictions.csv", "slide,slide_id,status,label,prob_dark,prediction\ns,s,done,dark,0.9,dark\n")
+    write_text(
+        tmp_path / "predictions" / "predictions.csv", "slide,slide_id,status,label,prob_dark,prediction\ns,s,done,dark,0.9,dark\n"
+    )
     assert draw_heatmaps(tmp_path / "predictions", path.parent, tmp_path / "out", config=HeatmapConfig(), quiet=True) == []
     return tmp_path / "out", tmp_path / "predictions", (x + offset[0], y + offset[1], width, height), offset
 
@@ -82,7 +91,13 @@ def test_polygons_lie_on_the_object_in_qupaths_frame(drawn) -> None:
 
 def test_keeping_the_frame_leaves_the_files_own_coordinates(drawn, tmp_path: Path) -> None:
     _, predictions, (x, y, _, _), _ = drawn
-    draw_heatmaps(predictions, tmp_path / "slides", tmp_path / "kept", config=HeatmapConfig(qupath_bounds="keep", format=("geojson",)), quiet=True)
+    draw_heatmaps(
+        predictions,
+        tmp_path / "slides",
+        tmp_path / "kept",
+        config=HeatmapConfig(qupath_bounds="keep", format=("geojson",)),
+        quiet=True,
+    )
     features = read_json(tmp_path / "kept" / "s.geojson")["features"]
     hot = [f for f in features if f["properties"]["measurements"]["contribution"] > 40]
     corners = np.array([corner for feature in hot for corner in feature["geometry"]["coordinates"][0]])

@@ -94,7 +94,11 @@ def test_tile_scores_are_the_prediction_taken_apart(study: Study) -> None:
 
 def test_run_again_nothing_is_done_again(cohort: Path, study: Study) -> None:
     def stamps() -> dict[str, int]:
-        kept = [path for path in study.folder.rglob("*") if path.suffix in (".h5", ".png", ".safetensors") or path.name == "predictions.csv"]
+        kept = [
+            path
+            for path in study.folder.rglob("*")
+            if path.suffix in (".h5", ".png", ".safetensors") or path.name == "predictions.csv"
+        ]
         return {str(path): path.stat().st_mtime_ns for path in kept}
 
     before = stamps()
@@ -162,10 +166,14 @@ def test_test_labels_do_not_reach_training(cohort: Path, study: Study, tmp_path:
     tested = set(splits[(splits["fold"] == "0") & (splits["split"] == "test")]["slide_id"])
     labels = pd.read_csv(cohort / "labels.csv", dtype=str)
     other = {"normal": "tumour", "tumour": "normal"}
-    labels["label"] = [other[label] if slide in tested else label for slide, label in zip(labels["slide"], labels["label"], strict=True)]
+    labels["label"] = [
+        other[label] if slide in tested else label for slide, label in zip(labels["slide"], labels["label"], strict=True)
+    ]
     labels.to_csv(tmp_path / "labels.csv", index=False)
     one_fold = replace(SETTINGS, train=replace(SETTINGS.train, fold="0"))
-    train(study.folder / "bags", tmp_path / "labels.csv", tmp_path / "run", splits=run / "splits.csv", settings=one_fold, quiet=True)
+    train(
+        study.folder / "bags", tmp_path / "labels.csv", tmp_path / "run", splits=run / "splits.csv", settings=one_fold, quiet=True
+    )
     honest, turned = (root / "fold0-seed0" for root in (run, tmp_path / "run"))
     assert (honest / "model.safetensors").read_bytes() == (turned / "model.safetensors").read_bytes()
     for key in ("threshold", "temperature", "best_epoch"):
@@ -176,7 +184,18 @@ def test_training_killed_between_epochs_ends_in_the_same_weights(study: Study, t
     """A real SIGKILL after the first checkpoint."""
     labels = study.folder / "runs" / "gated_abmil" / "labels.csv"
     command = [sys.executable, "-m", "wsimil", "train", str(study.folder / "bags"), "--labels", str(labels), "--quiet"]
-    command += ["--splits", str(study.folder / "splits.csv"), "--fold", "0", "--epochs", "20", "--hidden", "64", "--bags-per-step", "2"]
+    command += [
+        "--splits",
+        str(study.folder / "splits.csv"),
+        "--fold",
+        "0",
+        "--epochs",
+        "20",
+        "--hidden",
+        "64",
+        "--bags-per-step",
+        "2",
+    ]
     killed = tmp_path / "killed"
     process = subprocess.Popen([*command, "--out", str(killed)])
     deadline = time.monotonic() + 120
@@ -189,4 +208,6 @@ def test_training_killed_between_epochs_ends_in_the_same_weights(study: Study, t
     assert subprocess.run([*command, "--out", str(killed)], check=False, stdout=subprocess.DEVNULL).returncode == 0
     calm = study.folder / "runs" / "gated_abmil" / "fold0-seed0"
     assert (killed / "fold0-seed0" / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
-    assert json.loads((killed / "fold0-seed0" / "model.json").read_text())["threshold"] == read_json(calm / "model.json")["threshold"]
+    assert (
+        json.loads((killed / "fold0-seed0" / "model.json").read_text())["threshold"] == read_json(calm / "model.json")["threshold"]
+    )
