@@ -122,6 +122,10 @@ def find_tissue(rgb: np.ndarray, mpp: float, *, pen: bool = True) -> TissueMask:
     """
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or not rgb.size:
         raise ValueError(f"tissue wants a uint8 RGB picture (h, w, 3), got {rgb.dtype} {rgb.shape}")
+    if rgb.shape[0] * rgb.shape[1] * mpp**2 < 2 * GLASS_MM2 * 1e6:
+        # a field that somebody cut out: too small to hold both tissue and a patch of glass to tell it from
+        everything = np.ones(rgb.shape[:2], bool)
+        return TissueMask(mask=everything, pen=~everything, mpp=mpp, has_glass=False)
     planes = [_blur(_ABSORBANCE[plane], mpp) for plane in np.moveaxis(rgb, 2, 0)]  # 3 x (h, w), against white
     mean = _mean(planes)
     texture = _texture(mean, mpp)
