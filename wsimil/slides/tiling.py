@@ -49,7 +49,7 @@ def resolve_scale(slide_mpp: float, target_mpp: float, *, allow_upsampling: bool
     """
     if not MIN_MPP <= slide_mpp <= MAX_MPP:
         raise ScaleError(
-            f"{slide_mpp:.4g} µm/px is outside {MIN_MPP:g} to {MAX_MPP:g}, so it is no microscope's; "
+            f"{slide_mpp:.4g} µm/px is outside {MIN_MPP:g} to {MAX_MPP:g}: a wrong tag, or an overview only; "
             "state the true value in the `mpp` column of a slide table"
         )
     if slide_mpp > target_mpp * UPSAMPLING_TOLERANCE * (1 + 1e-9) and not allow_upsampling:
