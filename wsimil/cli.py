@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"wsimil {name}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (WsimilError, OSError) as error:
         print(f"wsimil {name}: failed: {error}", file=sys.stderr)
         return 1
@@ -284,9 +288,9 @@ def _report(arguments: argparse.Namespace, settings: Settings, say: Callable[[st
 
 
 def _encoders(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
-    from wsimil.encoders import describe_encoders
+    from wsimil.encoders import describe_encoders, encoder_rows
 
-    print(describe_encoders())
+    print(json.dumps(encoder_rows()) if arguments.json else describe_encoders(), flush=True)
     return 0
 
 
