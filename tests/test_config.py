@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from wsimil.config import (
     SECTIONS,
-    ExtractConfig,
+    JobConfig,
     Settings,
     TileConfig,
     TrainConfig,
@@ -158,7 +158,8 @@ def test_a_value_of_the_wrong_kind_is_an_error_that_names_key_and_value(key, val
         {"min_tissue": 1.1},
         {"slide_mpp": 353},
         {"batch_size": 0},
-        {"workers": 0},
+        {"workers": -1},
+        {"read_timeout": 0},
         {"folds": 1},
         {"val_fraction": 0},
         {"val_fraction": 1},
@@ -205,8 +206,8 @@ def test_no_tissue_is_a_choice_not_nothing(tmp_path):
 
 
 def test_shards_are_counted_from_one():
-    assert ExtractConfig().shard_of() == (1, 1)
-    assert ExtractConfig(shard="2/8").shard_of() == (2, 8)
+    assert JobConfig().shard_of() == (1, 1)
+    assert JobConfig(shard="2/8").shard_of() == (2, 8)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "train:\n", "train: {}\n"])

@@ -12,7 +12,9 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wsimil: unknown command {name}{nearest(name, COMMANDS)} (wsimil --help lists them)", file=sys.stderr)
         return 2
     command = COMMANDS[name]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # a cluster's notice: tidy up as for Ctrl-C
     try:
         arguments, settings = _parse(name, command, argv[1:])
         if arguments.print_config:
@@ -74,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nwsimil {name}: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _silence(message: str) -> None:
@@ -206,7 +214,7 @@ def _run(arguments: argparse.Namespace, settings: Settings, say: Callable[[str],
 def _tile(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
     from wsimil.extraction import tile_slides
 
-    rows = tile_slides(arguments.slides, arguments.out, config=settings.tile, quiet=arguments.quiet)
+    rows = tile_slides(arguments.slides, arguments.out, config=settings.tile, job=settings.job, quiet=arguments.quiet)
     return _slides_ending(rows, arguments)
 
 
@@ -214,9 +222,15 @@ def _extract(arguments: argparse.Namespace, settings: Settings, say: Callable[[s
     from wsimil.extraction import extract_features
 
     extraction = extract_features(
-        arguments.slides, arguments.out, tile=settings.tile, extract=settings.extract, quiet=arguments.quiet, say=say
+        arguments.slides,
+        arguments.out,
+        tile=settings.tile,
+        extract=settings.extract,
+        job=settings.job,
+        quiet=arguments.quiet,
+        say=say,
     )
-    return _slides_ending(extraction.rows, arguments, f"bags: {extraction.features_folder}")
+    return _slides_ending(extraction.rows, arguments, f"bags: {', '.join(map(str, extraction.features_folders))}")
 
 
 def _split(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
@@ -380,14 +394,14 @@ COMMANDS: dict[str, Command] = {
         "wsimil tile slides/ --out job/ --mpp 0.5 --tile-px 224",
         _tile,
         (_SLIDES, _out("job/"), _JSON),
-        ("tile",),
+        ("tile", "job"),
     ),
     "extract": Command(
         "slides to bags of features, resumable",
         "wsimil extract slides/ --out job/ --encoder uni2-h --mpp 0.5 --tile-px 224",
         _extract,
         (_SLIDES, _out("job/"), _JSON),
-        ("tile", "extract"),
+        ("tile", "extract", "job"),
     ),
     "split": Command(
         "folds that keep patients apart",
@@ -404,7 +418,7 @@ COMMANDS: dict[str, Command] = {
         "wsimil train job/ --labels labels.csv --out runs/abmil --aggregator gated_abmil",
         _train,
         (_BAGS, _LABELS, _out("runs/abmil"), _SPLITS),
-        ("labels", "split", "train"),
+        ("filter", "labels", "split", "train"),
     ),
     "predict": Command(
         "models and bags to predictions and tile scores",

@@ -26,7 +26,9 @@ __all__ = [
     "SECTIONS",
     "EvaluateConfig",
     "ExtractConfig",
+    "FilterConfig",
     "HeatmapConfig",
+    "JobConfig",
     "LabelsConfig",
     "PredictConfig",
     "Settings",
@@ -61,7 +63,12 @@ class TileConfig:
     min_tissue: float = option(0.5, "least share of tissue in a tile, 0 to 1")
     tissue: Literal["auto", "none"] = option("auto", "find tissue, or take the whole slide")
     slide_mpp: float | None = option(None, "µm/px of slides that do not state their own")
-    roi: str | None = option(None, "folder of <slide_id>.geojson polygons (QuPath) that replace the tissue mask")
+    pen: bool = option(True, "leave out pen marks; false for stains that are blue or green themselves (trichrome, Alcian blue)")
+    roi: str | None = option(None, "folder of <slide_id>.geojson polygons (QuPath) that replace the tissue found, or cut from it")
+    roi_include: tuple[str, ...] = option((), "with --roi: classes of polygons to keep; none given: all but the excluded")
+    roi_exclude: tuple[str, ...] = option(
+        ("exclude", "ignore", "artefact", "artifact", "pen"), "with --roi: classes of polygons to cut out, in place of these"
+    )
     allow_upsampling: bool = option(False, "accept slides more than 10 % coarser than --mpp")
 
     def __post_init__(self) -> None:
@@ -76,30 +83,50 @@ class TileConfig:
             self.slide_mpp is None or 0.05 <= self.slide_mpp <= 20,
             f"tile.slide_mpp is {self.slide_mpp}; expected .05 to 20 µm/px",
         )
+        _require(self.roi is not None or not self.roi_include, "tile.roi_include is set, but tile.roi is not: pass --roi too")
+        both = {name.casefold() for name in self.roi_include} & {name.casefold() for name in self.roi_exclude}
+        _require(not both, f"tile.roi_include and tile.roi_exclude both name {', '.join(sorted(both))}")
 
 
 @dataclass(frozen=True)
 class ExtractConfig:
     """From tiles to features."""
 
-    encoder: str = option(
-        "texture", "texture | registry or timm name | hf-hub:org/model | local file or folder | random:<timm name>[:seed]"
+    encoder: tuple[str, ...] = option(
+        ("texture",),
+        "texture | registry or timm name | hf-hub:org/model | local file or folder | random:<timm name>[:seed]; "
+        "several share one pass over the pixels",
     )
     embedding: Literal["default", "self-vit-mil"] = option(
         "default", "a ViT's own pooling, or class tokens of the last four blocks and the mean patch token (5 x width)"
     )
+    stain: Literal["none", "macenko", "reinhard"] = option("none", "give all slides the colours of one target before encoding")
+    stain_target: str | None = option(None, "image whose tissue the colours are taken from; default: published H&E values")
     batch_size: int = option(64, "tiles in a forward pass of the encoder")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU when there is one")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "arithmetic of the encoder; auto: bf16 on a GPU, fp32 else")
     feature_dtype: Literal["fp16", "fp32"] = option("fp16", "how features are stored")
-    workers: int = option(2, "threads that read tiles")
-    shard: str | None = option(None, "i/n: only the i-th of n parts of the slides (1/8 … 8/8)")
-    retry_failed: bool = option(False, "try again slides that failed in an earlier run")
     overwrite_stale: bool = option(False, "replace bags that another recipe or another slide file made")
 
     def __post_init__(self) -> None:
+        if isinstance(self.encoder, str):  # one name is as good as a list of one
+            object.__setattr__(self, "encoder", (self.encoder,))
         _require(self.batch_size >= 1, f"extract.batch_size is {self.batch_size}; expected at least 1")
-        _require(self.workers >= 1, f"extract.workers is {self.workers}; expected at least 1")
+        _require(len(self.encoder) >= 1, "extract.encoder is empty; expected at least one encoder")
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """How a folder of slides is worked through; nothing here changes a result."""
+
+    workers: int = option(0, "processes that read slides; 0: one per CPU core, at most 16")
+    read_timeout: float = option(120.0, "seconds without a finished read after which a slide counts as stuck, and fails")
+    shard: str | None = option(None, "i/n: only the i-th of n parts of the slides (1/8 … 8/8)")
+    retry_failed: bool = option(False, "try again slides that failed in an earlier run")
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.workers <= 256, f"job.workers is {self.workers}; expected 0 to 256")
+        _require(self.read_timeout > 0, f"job.read_timeout is {self.read_timeout}; expected more than 0 seconds")
         if self.shard is not None:
             self.shard_of()
 
@@ -109,8 +136,22 @@ class ExtractConfig:
             return 1, 1
         index, _, count = self.shard.partition("/")
         good = index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)
-        _require(good, f"extract.shard is {self.shard!r}; expected i/n with 1 <= i <= n, for example 1/4")
+        _require(good, f"job.shard is {self.shard!r}; expected i/n with 1 <= i <= n, for example 1/4")
         return int(index), int(count)
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which tiles of a bag count, by their stored scores; files stay as they are."""
+
+    qc_tissue: float = option(0.0, "least share of tissue in a tile; 0: whatever was extracted")
+    qc_pen: float = option(1.0, "most share of pen ink in a tile; 1: any")
+    qc_blur: float = option(1.0, "most blur, from 0 (sharp) to 1; 1: any")
+    qc_darkness: float = option(1.0, "most share of a tile that is darker than stain gets (ink, padding); 1: any")
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            _require(0 <= value <= 1, f"filter.{key} is {value}; expected 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -202,6 +243,8 @@ class HeatmapConfig:
 SECTIONS: dict[str, type] = {
     "tile": TileConfig,
     "extract": ExtractConfig,
+    "job": JobConfig,
+    "filter": FilterConfig,
     "labels": LabelsConfig,
     "split": SplitConfig,
     "train": TrainConfig,
@@ -217,6 +260,8 @@ class Settings:
 
     tile: TileConfig = TileConfig()
     extract: ExtractConfig = ExtractConfig()
+    job: JobConfig = JobConfig()
+    filter: FilterConfig = FilterConfig()
     labels: LabelsConfig = LabelsConfig()
     split: SplitConfig = SplitConfig()
     train: TrainConfig = TrainConfig()

@@ -23,7 +23,7 @@ __all__ = ["DEMO_SETTINGS", "HottestTile", "hottest_tiles", "run_demo"]
 
 DEMO_SETTINGS = Settings(
     tile=TileConfig(mpp=0.5, tile_px=128),
-    extract=ExtractConfig(encoder="texture"),
+    extract=ExtractConfig(encoder=("texture",)),
     split=SplitConfig(folds=4),
     train=TrainConfig(aggregator="gated_abmil", epochs=20, patience=8, hidden=128),
 )

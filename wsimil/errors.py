@@ -19,6 +19,7 @@ __all__ = [
     "SlideError",
     "SlideReadError",
     "SlideScaleUnknownError",
+    "SlideStuckError",
     "SlideUnreadableError",
     "SplitsError",
     "StaleBagError",
@@ -57,6 +58,10 @@ class SlideUnreadableError(SlideError):
 
 class SlideReadError(SlideError):
     """A region of an open slide could not be read."""
+
+
+class SlideStuckError(SlideError):
+    """A read did not come back, or its process was killed: not known to be the slide's own fault, so tried again next time."""
 
 
 class ScaleError(SlideError):

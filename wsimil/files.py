@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +16,7 @@ import re
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,8 +26,11 @@ __all__ = [
     "atomic_path",
     "file_sha256",
     "fingerprint",
+    "folder_lock",
     "hash_of",
+    "machine",
     "mark_output",
+    "process_start",
     "read_json",
     "slide_id_from_path",
     "slide_name",
@@ -95,9 +100,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
     # the stem is cut: together with the rest of the name it must stay below the 255 bytes that a file system allows
-    temporary = path.parent / f".{path.stem[:40]}.tmp-{host[:40]}-{os.getpid()}-{time.monotonic_ns()}{path.suffix}"
+    temporary = path.parent / f".{path.stem[:40]}.tmp-{_host_name()}-{os.getpid()}-{time.monotonic_ns()}{path.suffix}"
     try:
         yield temporary
         _sync(temporary)
@@ -109,11 +113,62 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def sweep_temporary_files(folder: Path) -> None:
     """Remove what killed runs of this machine left in `folder`; files of living processes and of other hosts stay."""
-    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
-    for leftover in folder.glob(f".*.tmp-{host[:40]}-*"):
-        match = re.search(r"\.tmp-" + re.escape(host[:40]) + r"-(\d+)-\d+", leftover.name)
-        if match and not Path(f"/proc/{match[1]}").exists() and Path("/proc/self").exists():
+    host = _host_name()
+    for leftover in folder.glob(f".*.tmp-{host}-*"):
+        match = re.search(r"\.tmp-" + re.escape(host) + r"-(\d+)-\d+", leftover.name)
+        if match and process_start(int(match[1])) is None and process_start(os.getpid()) is not None:
             leftover.unlink(missing_ok=True)
+
+
+@functools.cache
+def machine() -> str:
+    """Where a process id means something: host name, boot and, in containers, the space of process ids."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # no Linux: the name has to do
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return "/".join(parts)
+
+
+def _host_name() -> str:
+    """`machine` as a short part of a file name."""
+    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:30]
+    return f"{host}-{hashlib.sha256(machine().encode()).hexdigest()[:8]}"
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine started, as an opaque text; None if there is no such process.
+
+    Together with the id it names a process for good: ids are used again.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        state, *fields = stat.rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]
+    except (OSError, IndexError):
+        pass
+    if os.path.isdir("/proc/self"):
+        return None
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        pass
+    except (OSError, OverflowError):
+        return None
+    return "running"
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """One process at a time in here, where the file system knows locks; where it does not, nobody waits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as handle:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def _sync(path: Path) -> None:
@@ -168,6 +223,8 @@ def fingerprint(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in sorted(files):
         size = file.stat().st_size
+        if not file.is_file():  # opening a pipe would wait for whoever writes into it
+            raise OSError(errno.EINVAL, "not a regular file", str(file))
         digest.update(f"{size}:".encode())
         with open(file, "rb") as handle:
             digest.update(handle.read(_EDGE))

@@ -2,7 +2,7 @@
 
 - A slide of the cohort is predicted only by the folds where it is in test; a new slide by the mean of all folds.
 - Slides without tiles, and slides that failed, have a row that says so: no slide is lost on the way to the metrics.
-- Bags of another encoder than the model's are refused.
+- Bags of another encoder than the model's are refused; tiles are filtered as the model's were, never otherwise.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 from wsimil.aggregators.packed import segment_softmax
 from wsimil.bags.bag import Bag
 from wsimil.bags.dataset import BagFolder
+from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import read_splits, splits_hash
 from wsimil.batch import BagBatch, BagOutput, pack
-from wsimil.config import PredictConfig, Settings, save_settings
+from wsimil.config import FilterConfig, PredictConfig, Settings, save_settings
 from wsimil.errors import EncoderMismatchError, UsageError
 from wsimil.extraction.extract import resolve_device
 from wsimil.extraction.job import Row, slides_of_job
@@ -58,8 +59,11 @@ def predict(
         EncoderMismatchError: the bags are another encoder's.
     """
     config = config or PredictConfig()
-    bag_folder, run = BagFolder(bags), _read_run(Path(model))
+    run = _read_run(Path(model))
+    bag_folder = BagFolder(bags, filter=run.filter)
     _check_encoder(bag_folder, run)
+    if run.filter != NO_FILTER:
+        say(f"tiles are filtered as the model's were: {_described(run.filter)}")
     device = resolve_device(config.device)
     for trained in run.models:
         trained.model.to(device)
@@ -119,6 +123,10 @@ class _Run:
     def task(self) -> Task:
         return self.models[0].task
 
+    @property
+    def filter(self) -> FilterConfig:
+        return self.models[0].filter
+
     def models_for(self, slide_id: str) -> tuple[list[TrainedModel], str, str]:
         """Models that may predict a slide, the fold they stand for, and the slide's split: test or new."""
         mine = self.splits[self.splits["slide_id"] == slide_id]
@@ -165,8 +173,17 @@ def _read_run(folder: Path) -> _Run:
             raise UsageError(
                 f"{model.folder.name} solves another task than {models[0].folder.name}; keep runs in folders of their own"
             )
+        if model.filter != models[0].filter:
+            raise UsageError(
+                f"{model.folder.name} learned from other tiles than {models[0].folder.name} (filter {_described(model.filter)}; "
+                f"{_described(models[0].filter)}); train both with one filter, or keep runs in folders of their own"
+            )
     labels = pd.read_csv(root / "labels.csv", dtype=str, keep_default_na=False).set_index("slide_id")
     return _Run(models, splits, labels)
+
+
+def _described(limits: FilterConfig) -> str:
+    return ", ".join(f"{key} {limit:g}" for key, limit in vars(limits).items())
 
 
 def _check_encoder(bags: BagFolder, run: _Run) -> None:
@@ -202,9 +219,10 @@ def _predict_one(bags: BagFolder, slide_ids: list[str], models: list[TrainedMode
     scores = _tile_scores(outputs, models, batch, task)
     start = 0
     for slide_id in slide_ids:
-        bag = bags.read(slide_id)
-        rows = slice(start, start + int(bag.valid.sum()))
-        _write_scores(out / "scores" / f"{slide_id}.h5", bag, {name: values[rows] for name, values in scores.items()}, models)
+        bag, keep = bags.read(slide_id), bags.kept(slide_id)
+        rows = slice(start, start + int(keep.sum()))
+        mine = {name: values[rows] for name, values in scores.items()}
+        _write_scores(out / "scores" / f"{slide_id}.h5", bag, keep, mine, models)
         start = rows.stop
     logits = [output.logits.float().cpu().numpy() for output in outputs]
     if task.kind == "regression":
@@ -233,7 +251,7 @@ def _one_bag(bags: list[BagBatch]) -> BagBatch:
 
 
 def _tile_scores(outputs: list[BagOutput], models: list[TrainedModel], batch: BagBatch, task: Task) -> dict[str, np.ndarray]:
-    """What the models say of each tile, averaged over models: each (n valid, ·) float32."""
+    """What the models say of each tile, averaged over models: each (n usable, ·) float32."""
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     for output, model in zip(outputs, models, strict=True):
         if output.attention_logits is not None:
@@ -250,12 +268,12 @@ def _tile_scores(outputs: list[BagOutput], models: list[TrainedModel], batch: Ba
     return {name: np.mean(values, axis=0).astype(np.float32) for name, values in parts.items()}
 
 
-def _write_scores(path: Path, bag: Bag, scores: dict[str, np.ndarray], models: list[TrainedModel]) -> None:
-    """Scores on the rows of the bag; rows that are not valid are NaN."""
+def _write_scores(path: Path, bag: Bag, keep: np.ndarray, scores: dict[str, np.ndarray], models: list[TrainedModel]) -> None:
+    """Scores on the rows of the bag; rows that the models did not see (not valid, or filtered out) are NaN."""
     datasets = {"coords": Dataset(bag.coords_level0_px)}
     for name, values in scores.items():
-        full = np.full((len(bag.valid), values.shape[1]), np.nan, np.float32)
-        full[bag.valid] = values
+        full = np.full((len(keep), values.shape[1]), np.nan, np.float32)
+        full[keep] = values
         datasets[name] = Dataset(full)
     kept = ("slide_id", "slide_fingerprint", "mpp", "tile_level0_px", "tile_px", "overlap_px", "level0_width", "level0_height")
     aggregator = models[0].model

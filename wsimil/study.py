@@ -18,7 +18,7 @@ import pandas as pd
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.splits import splits_hash, write_splits
 from wsimil.config import SECTIONS, Settings, as_mapping, save_settings
-from wsimil.errors import WsimilError
+from wsimil.errors import UsageError, WsimilError
 from wsimil.evaluation import write_evaluation
 from wsimil.evaluation.table import read_predictions
 from wsimil.extraction import extract_features
@@ -63,18 +63,24 @@ def run_study(
         splits: folds to use; made by patient if not given.
     """
     settings, out = settings or Settings(), Path(out)
+    if len(settings.extract.encoder) != 1:
+        raise UsageError(
+            f"a study has one encoder, not {len(settings.extract.encoder)}; `wsimil extract` makes bags of several at once"
+        )
     mark_output(out)
     save_settings(out / "study.yaml", settings, SECTIONS)
     books = _Books(out / "logs" / "stages.json", say)
 
     say("extract: slides to bags")
-    extraction = extract_features(slides, out / "bags", tile=settings.tile, extract=settings.extract, quiet=quiet, say=say)
+    extraction = extract_features(
+        slides, out / "bags", tile=settings.tile, extract=settings.extract, job=settings.job, quiet=quiet, say=say
+    )
     failed = [f"{row.slide_id}: {row.reason}" for row in extraction.failed]
-    bags = extraction.features_folder
+    bags = extraction.features_folders[0]
     if not bags.exists():
         raise WsimilError(f"no slide gave a bag; {out / 'bags' / 'status.csv'} says why")
 
-    folder = BagFolder(bags)
+    folder = BagFolder(bags, filter=settings.filter)
     cohort = prepare_cohort(folder, labels, splits=splits, labels_config=settings.labels, split_config=settings.split)
     write_splits(out / "splits.csv", cohort.splits)
 
@@ -91,7 +97,14 @@ def run_study(
     predictions = out / "predictions"
     books.stage(
         "predict",
-        [content, failed, models, splits_hash(cohort.splits), file_sha256(run / "labels.csv"), as_mapping(settings, ["predict"])],
+        [
+            content,
+            failed,
+            models,
+            splits_hash(cohort.splits),
+            file_sha256(run / "labels.csv"),
+            as_mapping(settings, ["filter", "predict"]),
+        ],
         predictions / "predictions.csv",
         lambda: predict(bags, run, predictions, config=settings.predict, quiet=quiet, say=say),
     )
@@ -117,7 +130,7 @@ def run_study(
 
     books.stage(
         "heatmap",
-        [table_hash, content, models, as_mapping(settings, ["heatmap"]), str(Path(slides).resolve())],
+        [table_hash, content, models, as_mapping(settings, ["filter", "heatmap"]), str(Path(slides).resolve())],
         out / "heatmaps",
         heatmaps,
     )

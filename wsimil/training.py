@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wsimil.aggregators import Standardized, make_aggregator
 from wsimil.bags.dataset import BagFolder
+from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.labels import infer_task, match_labels, match_slides, read_labels
 from wsimil.bags.splits import check_splits, make_splits, read_splits, splits_hash, write_splits
 from wsimil.batch import Aggregator, LabelledBags, Objective, pack
-from wsimil.config import LabelsConfig, Settings, SplitConfig, TrainConfig, save_settings
+from wsimil.config import FilterConfig, LabelsConfig, Settings, SplitConfig, TrainConfig, save_settings
 from wsimil.errors import SplitsError, UsageError
 from wsimil.evaluation.calibration import choose_threshold, fit_temperature
 from wsimil.extraction.job import slides_of_job
@@ -43,6 +44,9 @@ from wsimil.task import Task
 __all__ = ["Loop", "TrainedModel", "load_model", "prepare_cohort", "train"]
 
 MODEL_FORMAT = 1
+
+_SECTIONS = ["filter", "labels", "split", "train"]
+"""What a run depends on, and keeps in its config.yaml."""
 
 
 # ---------------------------------------------------------------- the loop
@@ -271,9 +275,11 @@ def train(
     """
     settings, out = settings or Settings(), Path(out)
     config = settings.train
-    bag_folder = BagFolder(bags)
+    bag_folder = BagFolder(bags, filter=settings.filter)
     cohort = prepare_cohort(bag_folder, labels, splits=splits, labels_config=settings.labels, split_config=settings.split)
     say(_describe(cohort))
+    if settings.filter != NO_FILTER:
+        say(_describe_filter(bag_folder))
     folds = sorted(cohort.splits["fold"].unique().tolist())
     if config.fold != "all":
         if int(config.fold) not in folds:
@@ -283,7 +289,7 @@ def train(
     write_splits(out / "splits.csv", cohort.splits)
     with atomic_path(out / "labels.csv") as temporary:
         cohort.labels.to_csv(temporary, index=False)
-    save_settings(out / "config.yaml", settings, ["labels", "split", "train"])
+    save_settings(out / "config.yaml", settings, _SECTIONS)
     runs = []
     for fold in folds:
         sides = cohort.splits.query("fold == @fold and split != 'test'")
@@ -305,6 +311,13 @@ def _describe(cohort: Cohort) -> str:
     return f"task: {cohort.task.kind}: {classes}{positive}"
 
 
+def _describe_filter(bags: BagFolder) -> str:
+    kept, stored = sum(map(bags.n_valid, bags.slide_ids)), sum(header.n_tiles for header in bags.headers.values())
+    bare = [slide_id for slide_id in bags.slide_ids if bags.headers[slide_id].n_tiles and not bags.n_valid(slide_id)]
+    left = f"; none of {', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}" if bare else ""
+    return f"filter: {kept} of {stored} tiles are kept{left}"
+
+
 def _train_one(
     run: Path, bags: BagFolder, cohort: Cohort, sides: pd.DataFrame, fold: int, config: TrainConfig, settings: Settings
 ) -> str:
@@ -318,14 +331,22 @@ def _train_one(
     device_free = {key: value for key, value in asdict(config).items() if key not in ("device",)}
     # everything the weights are a function of
     data = [[side, name, labels[name], bags.fingerprint(name)] for side in ids for name in ids[side]]
-    key = hash_of({"config": device_free, "task": cohort.task.to_json(), "encoder": bags.encoder, "data": data})
+    key = hash_of(
+        {
+            "config": device_free,
+            "filter": asdict(bags.filter),
+            "task": cohort.task.to_json(),
+            "encoder": bags.encoder,
+            "data": data,
+        }
+    )
     if (done := _finished(run, key)) is not None:
         return f"{run.name}: already trained (epoch {done['best_epoch']}, validation loss {done['val_loss']:.3f})"
     if run.exists() and (run / "key.txt").exists() and (run / "key.txt").read_text() != key:
         (run / "last.ckpt").unlink(missing_ok=True)  # of other settings or data
     run.mkdir(parents=True, exist_ok=True)
     (run / "key.txt").write_text(key)
-    save_settings(run / "config.yaml", replace(settings, train=config), ["labels", "split", "train"])
+    save_settings(run / "config.yaml", replace(settings, train=config), _SECTIONS)
 
     task = cohort.task
     if task.kind == "regression":
@@ -366,6 +387,7 @@ def _train_one(
             "encoder": {"name": encoder, "sha256": sha256},
             "effective_mpp": _number(header.get("effective_mpp")),
             "tile_px": _number(header.get("tile_px")),
+            "filter": asdict(bags.filter),
             "fold": fold,
             "seed": config.seed,
             "splits_hash": splits_hash(cohort.splits),
@@ -490,6 +512,7 @@ class TrainedModel:
     threshold: float | None
     temperature: float
     encoder: tuple[str, str]
+    filter: FilterConfig  # which tiles it learned from, and may see
     splits_hash: str
     folder: Path
     content: dict[str, Any]
@@ -509,6 +532,10 @@ def load_model(run: str | Path) -> TrainedModel:
         raise UsageError(f"{run}: no finished model in it ({error})") from error
     if content.get("format") != "wsimil-model" or content.get("format_version", 0) > MODEL_FORMAT:
         raise UsageError(f"{run}: model format {content.get('format_version')} is newer than this wsimil reads; upgrade it")
+    try:
+        limits = FilterConfig(**content.get("filter", {}))  # models older than filters saw every tile
+    except TypeError as error:
+        raise UsageError(f"{run}: its filter {content['filter']} has keys this wsimil does not know; upgrade it") from error
     task = Task.from_json(content["task"])
     inner = make_aggregator(
         content["aggregator"], content["dim"], task.n_outputs, hidden=content["hidden"], dropout=content["dropout"]
@@ -524,6 +551,7 @@ def load_model(run: str | Path) -> TrainedModel:
         threshold=content["threshold"],
         temperature=content["temperature"],
         encoder=(content["encoder"]["name"], content["encoder"]["sha256"]),
+        filter=limits,
         splits_hash=content["splits_hash"],
         folder=run,
         content=content,

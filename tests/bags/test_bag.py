@@ -123,7 +123,7 @@ def test_parts_that_do_not_fit_are_not_written(tmp_path):
 
 
 def test_tridents_readers_find_what_they_look_for(file, tmp_path):
-    write_patches(tmp_path / "slide_patches.h5", np.ones((2, 2)), np.ones(2), GEOMETRY, {})
+    write_patches(tmp_path / "slide_patches.h5", np.ones((2, 2)), {"tissue": np.ones(2)}, GEOMETRY, {})
     for path in (file, tmp_path / "slide_patches.h5"):
         with h5py.File(path) as content:
             attributes = dict(content["coords"].attrs)
@@ -311,11 +311,14 @@ def test_a_flipped_bit_never_changes_rows_or_what_a_bag_says(file):
 
 def test_patches_come_back(tmp_path):
     path = tmp_path / "slide_patches.h5"
-    coords, tissue = np.array([[1, 2], [3, 4], [5, 6]]), np.array([0.5, 0.75, 1], np.float32)
-    write_patches(path, coords, tissue, GEOMETRY, {"recipe_hash": "r"})
-    read_coords, read_tissue, attributes = read_patches(path)
+    coords = np.array([[1, 2], [3, 4], [5, 6]])
+    qc = {"tissue": np.array([0.5, 0.75, 1], np.float32), "pen": np.array([0, 0.25, 0], np.float32)}
+    write_patches(path, coords, qc, GEOMETRY, {"recipe_hash": "r"})
+    read_coords, read_qc, attributes = read_patches(path)
     np.testing.assert_array_equal(read_coords, coords)
-    np.testing.assert_array_equal(read_tissue, tissue)
+    assert read_qc.keys() == qc.keys()
+    for name, values in qc.items():
+        np.testing.assert_array_equal(read_qc[name], values)
     assert attributes["recipe_hash"] == "r"
     spoil(path, "qc/tissue", np.ones(2, np.float32))
     with pytest.raises(BagFormatError, match=r"slide_patches\.h5: qc/tissue"):
@@ -325,6 +328,6 @@ def test_patches_come_back(tmp_path):
 def test_a_bag_is_no_patches_file_and_the_reverse(file, tmp_path):
     with pytest.raises(BagFormatError, match="no patches file"):
         read_patches(file)
-    write_patches(tmp_path / "slide_patches.h5", np.ones((2, 2)), np.ones(2), GEOMETRY, {})
+    write_patches(tmp_path / "slide_patches.h5", np.ones((2, 2)), {"tissue": np.ones(2)}, GEOMETRY, {})
     with pytest.raises(BagFormatError, match="no dataset `features`"):
         read_bag(tmp_path / "slide_patches.h5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from wsimil.encoders.registry import TEXTURE
 from wsimil.encoders.vit import embedding_dim
 from wsimil.encoders.weights import skeleton
 
-UNUSUAL = ["uni", "uni2-h", "virchow2", "gigapath", "hibou-l", "phikon-v2", "ctranspath"]
+UNUSUAL = ["uni", "uni2-h", "virchow2", "gigapath", "hibou-l", "phikon-v2", "ctranspath", "openmidnight", "gpfm"]
 """Those whose network differs from timm's of that name, and one that does not."""
 
 
@@ -33,6 +34,16 @@ def test_every_entry_is_complete():
         assert contract.tile_px and contract.tile_px % 14 * (contract.tile_px % 16) == 0
         assert all(0 < value < 1 for value in contract.mean + contract.std)
         assert not contract.trained_mpps or contract.mpp in contract.trained_mpps
+
+
+def test_pins_are_whole_commits_and_what_is_not_pinned_says_so():
+    rows = {row["name"]: row["revision"] for row in encoder_rows()}
+    for name, entry in ENCODERS.items():
+        assert entry.revision is None or re.fullmatch("[0-9a-f]{40}", entry.revision), name
+        assert rows[name] == (entry.revision or "main")
+    unpinned = sum(entry.revision is None for entry in ENCODERS.values())
+    assert describe_encoders().count("main (not pinned)") == unpinned
+    assert len({entry.revision for entry in ENCODERS.values() if entry.revision}) == len(ENCODERS) - unpinned  # no copied line
 
 
 def test_names_and_aliases_lead_to_one_entry_each():
@@ -98,7 +109,17 @@ def test_a_folder_name_is_one_safe_part_of_a_path(name):
 def test_a_scale_the_network_never_saw_is_remarked(mpp, tile_px, quiet):
     remark = contract(tile_px=224, mpp=0.5).scale_remark(mpp=mpp, tile_px=tile_px)
     assert (remark is None) is quiet
-    assert remark is None or "0.5 µm/px" in remark
+    assert remark is None or ("0.5 µm/px" in remark and "--mpp 0.5 --tile-px 224" in remark)
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_no_encoder_remarks_on_the_settings_it_asks_for(name):
+    """Nor on the tiles its authors cut: 256 px for an input of 224, 512 px for one of 448."""
+    own = ENCODERS[name].contract
+    assert own.tile_px is not None
+    for mpp in own.trained_mpps or (own.mpp or 0.5,):
+        assert own.scale_remark(mpp=mpp, tile_px=own.tile_px) is None
+        assert own.scale_remark(mpp=mpp, tile_px=own.tile_px * 8 // 7) is None
 
 
 def test_scale_is_not_remarked_where_any_is_right_or_none_is_known():

@@ -15,7 +15,7 @@ from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
 from tiny_vit import ARCHITECTURE, TINY
 
-from wsimil.encoders import describe_encoder, encoder_contract, hub, load_encoder, save_encoder
+from wsimil.encoders import ENCODERS, describe_encoder, encoder_contract, encoder_rows, hub, load_encoder, save_encoder
 from wsimil.encoders.vit import NetworkEncoder
 from wsimil.errors import EncoderError, EncoderWeightsError
 
@@ -27,12 +27,15 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
 
 
-def put_into_cache(tmp_path, hub_id: str, **files) -> None:
+COMMIT = "c0ffee" + 34 * "0"
+
+
+def put_into_cache(tmp_path, hub_id: str, commit: str = COMMIT, **files) -> None:
     """Files as the hub's client leaves them after a download."""
     repository = tmp_path / "hub-cache" / f"models--{hub_id.replace('/', '--')}"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("c0ffee", encoding="utf-8")
-    snapshot = repository / "snapshots" / "c0ffee"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    snapshot = repository / "snapshots" / commit
     snapshot.mkdir(parents=True)
     for source in files.values():
         shutil.copy(source, snapshot / source.name)
@@ -309,8 +312,73 @@ def test_cached_weights_need_no_network(tmp_path, tiles):
     put_into_cache(tmp_path, hub_id, weights=tmp_path / "model.safetensors")
     encoder = load_encoder("resnet10t")
     assert encoder.contract.folder_name == "features_resnet10t"
+    assert encoder.contract.revision == COMMIT  # the bags say which weights made them
     torch.testing.assert_close(encoder(tiles), NetworkEncoder(encoder.contract, model)(tiles))
     assert "hub-cache" in describe_encoder("resnet10t")
+
+
+@pytest.fixture
+def two_commits(tmp_path) -> tuple[str, str]:
+    """One repository in the cache at two commits with different weights; main is the second."""
+    hub_id = timm.models.get_pretrained_cfg("resnet10t").hf_hub_id
+    old, new = 40 * "a", 40 * "b"
+    for seed, commit in enumerate((old, new)):
+        torch.manual_seed(seed)
+        save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), tmp_path / "model.safetensors")
+        put_into_cache(tmp_path, hub_id, commit, weights=tmp_path / "model.safetensors")
+    return old, new
+
+
+def test_a_revision_that_is_asked_for_is_the_one_that_is_used(two_commits):
+    old, new = two_commits
+    main, asked = load_encoder("resnet10t"), load_encoder(f"resnet10t@{old}")
+    assert (main.contract.revision, asked.contract.revision) == (new, old)
+    assert main.contract.recipe() != asked.contract.recipe()  # other weights
+    assert asked.contract.folder_name == f"features_resnet10t_{old}" != main.contract.folder_name
+    with pytest.raises(EncoderWeightsError, match=r"(?s)resnet10t@.*--revision ccc.*--encoder resnet10t=FOLDER"):
+        load_encoder("resnet10t@" + 40 * "c")  # never another one in its place
+
+
+def test_a_registry_name_takes_a_revision():
+    commit = 40 * "1"
+    for name in (f"uni2-h@{commit}", f"UNI_v2@{commit}", f"hf-hub:MahmoodLab/UNI2-h@{commit}"):
+        with pytest.raises(EncoderWeightsError, match=f"uni2-h@{commit}"):
+            load_encoder(name)
+    with pytest.raises(EncoderError, match=r"did you mean uni2-h\?"):
+        load_encoder("uni2h@main")
+
+
+def test_weights_in_the_cache_are_used_though_the_registry_pins_another_commit(tmp_path):
+    """Who has the weights and no network must not be told to download a commit that changed the README."""
+    entry = ENCODERS["lunit-vits8"]
+    assert entry.revision not in (None, COMMIT)
+    (tmp_path / "model.safetensors").touch()
+    put_into_cache(tmp_path, entry.hub_id, weights=tmp_path / "model.safetensors")
+    assert f"weights: here, commit {COMMIT}" in describe_encoder("lunit-vits8")
+    put_into_cache(tmp_path, entry.hub_id, entry.revision, weights=tmp_path / "model.safetensors")
+    assert f"weights: here: {tmp_path}" in describe_encoder("lunit-vits8")  # the pinned one comes first
+
+
+def test_the_cache_of_another_spelling_is_found(tmp_path):
+    """Other programs ask for MahmoodLab/uni, which is the same repository and another folder."""
+    (tmp_path / "pytorch_model.bin").touch()
+    put_into_cache(tmp_path, "MahmoodLab/uni", weights=tmp_path / "pytorch_model.bin")
+    assert "models--MahmoodLab--uni" in describe_encoder("uni")
+    assert next(row for row in encoder_rows() if row["name"] == "uni")["available"]
+
+
+def test_a_commit_is_known_for_files_of_the_cache_only(tmp_path):
+    assert hub.commit_of(tmp_path / "snapshots" / COMMIT / "model.safetensors") == COMMIT
+    assert hub.commit_of(tmp_path / "model.safetensors") == hub.commit_of(tmp_path / "snapshots" / "mine" / "a.pt") == ""
+
+
+def test_the_download_command_names_a_file_only_where_it_is_sure():
+    gigapath, uni = describe_encoder("gigapath"), describe_encoder("uni2-h")
+    revision = ENCODERS["gigapath"].revision
+    assert (
+        f"hf download prov-gigapath/prov-gigapath pytorch_model.bin --revision {revision}" in gigapath
+    )  # its repository holds more
+    assert "hf download MahmoodLab/UNI2-h --revision" in uni
 
 
 def test_a_model_of_the_hub_is_built_from_its_own_description(tmp_path, tiny, tiles):
@@ -372,7 +440,7 @@ def test_a_failed_download_says_why(monkeypatch, failure, message):
 
     monkeypatch.setattr(hub, "_unreachable", lambda: None)
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    with pytest.raises(EncoderWeightsError, match=rf"encoder mine: .*{message}"):
+    with pytest.raises(EncoderWeightsError, match=rf"(?s)encoder mine: .*{message}"):
         hub.fetch("mine", "org/model", ["model.safetensors", "pytorch_model.bin"])
 
 

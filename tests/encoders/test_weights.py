@@ -70,6 +70,16 @@ def test_prefixes_are_removed_if_all_under_them_fits(tiny, prefix):
     assert_same_weights(loaded(state | beside), tiny)
 
 
+def test_blocks_in_chunks_are_put_in_a_row(tiny):
+    """As DINOv2's training code saves them: blocks.<chunk>.<block>, counted through."""
+    chunked = {
+        re.sub(r"^blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}.", key): value
+        for key, value in tiny.state_dict().items()
+    }
+    assert chunked.keys() != tiny.state_dict().keys()
+    assert_same_weights(loaded({f"backbone.{key}": value for key, value in chunked.items()}), tiny)
+
+
 def test_the_teacher_of_a_dino_checkpoint_is_taken(tmp_path, tiny):
     student = {f"module.backbone.{key}": torch.zeros_like(value) for key, value in tiny.state_dict().items()}
     teacher = {f"backbone.{key}": value for key, value in tiny.state_dict().items()} | {"head.last_layer.weight": torch.ones(4)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -12,14 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from conftest import speckled
 
 from wsimil.bags.bag import read_bag, read_header
-from wsimil.config import ExtractConfig, TileConfig
+from wsimil.config import ExtractConfig, JobConfig, TileConfig
 from wsimil.encoders import load_encoder
 from wsimil.errors import UsageError
 from wsimil.extraction import extract_features
+from wsimil.slides.painting import Scanner, paint_slide
 from wsimil.slides.slide import Slide
 from wsimil.slides.write_tiff import write_slide
 
@@ -72,12 +75,92 @@ def test_an_empty_slide_has_an_empty_bag(slides: Path, tmp_path: Path) -> None:
 
 
 def test_batch_size_and_workers_change_nothing(slides: Path, tmp_path: Path) -> None:
-    for name, config in (("one", ExtractConfig(batch_size=7, workers=1)), ("two", ExtractConfig(batch_size=64, workers=4))):
-        extract_features(slides, tmp_path / name, tile=TILE, extract=config, quiet=True)
+    for name, batch_size, workers in (("one", 7, 1), ("two", 64, 4)):
+        config, job = ExtractConfig(batch_size=batch_size), JobConfig(workers=workers)
+        extract_features(slides, tmp_path / name, tile=TILE, extract=config, job=job, quiet=True)
     one, two = (read_bag(tmp_path / name / FOLDER / "b.h5") for name in ("one", "two"))
     np.testing.assert_array_equal(one.coords_level0_px, two.coords_level0_px)
     np.testing.assert_allclose(one.features, two.features, atol=1e-3)
     assert one.attributes["recipe_hash"] == two.attributes["recipe_hash"]
+
+
+def damage(path: Path, blocks: list[int]) -> None:
+    """Zero the compressed bytes of blocks of the finest level."""
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        places = [(page.dataoffsets[block], page.databytecounts[block]) for block in blocks]
+    with open(path, "r+b") as file:
+        for offset, count in places:
+            file.seek(offset)
+            file.write(bytes(count))
+
+
+def checkered(folder: Path) -> Path:
+    """A slide of 20 × 20 tiles, each a block of the file."""
+    folder.mkdir()
+    write_slide(folder / "s.tiff", speckled(1280, 1280), mpp=0.5, compression="deflate", downsamples=(1, 4), tile_px=64)
+    return folder / "s.tiff"
+
+
+def test_tiles_that_cannot_be_read_are_marked_and_named(tmp_path: Path) -> None:
+    path, job = checkered(tmp_path / "slides"), tmp_path / "job"
+    damage(path, [3, 77, 200, 399])
+    extract_features(path.parent, job, tile=TileConfig(tile_px=64, tissue="none"), quiet=True)
+    status, reason = statuses(job)["s"]
+    assert status == "done" and reason.startswith("4 tiles cannot be read") and "ZIPDecode" in reason
+    bag = read_bag(job / FOLDER / "s.h5")
+    assert np.flatnonzero(~bag.valid).tolist() == [3, 77, 200, 399] and bag.attributes["n_invalid"] == 4
+    assert not bag.features[~bag.valid].any() and bag.features[bag.valid].any(axis=1).all()
+    assert np.isnan(bag.qc["blur"][~bag.valid]).all() and np.isfinite(bag.qc["blur"][bag.valid]).all()
+    log = (job / "logs" / "s.log").read_text()
+    assert all(f"tile {row} at " in log for row in (3, 77, 200, 399))
+
+
+def test_more_than_one_in_a_hundred_unreadable_tiles_fail_the_slide(tmp_path: Path) -> None:
+    path, job = checkered(tmp_path / "slides"), tmp_path / "job"
+    damage(path, [0, 1, 2, 3, 4])
+    extract_features(path.parent, job, tile=TileConfig(tile_px=64, tissue="none"), quiet=True)
+    status, reason = statuses(job)["s"]
+    assert status == "failed" and "5 of 400 tiles cannot be read, more than 1%" in reason and "ZIPDecode" in reason
+    assert not (job / FOLDER / "s.h5").exists()
+    extract_features(path.parent, job, tile=TileConfig(tile_px=64, tissue="none"), quiet=True)
+    assert "--retry-failed" in statuses(job)["s"][1], "it is the slide's own fault and remembered"
+
+
+def test_several_encoders_share_a_pass_and_give_what_each_gives_alone(slides: Path, tmp_path: Path) -> None:
+    names = ("texture", "random:vit_tiny_patch16_224:3")
+    both = extract_features(slides, tmp_path / "both", tile=TILE, extract=ExtractConfig(encoder=names), quiet=True)
+    for name, folder in zip(names, both.features_folders, strict=True):
+        alone = extract_features(slides, tmp_path / "alone", tile=TILE, extract=ExtractConfig(encoder=(name,)), quiet=True)
+        for slide_id in ("a", "b", "glass"):
+            one, other = read_bag(folder / f"{slide_id}.h5"), read_bag(alone.features_folders[0] / f"{slide_id}.h5")
+            np.testing.assert_array_equal(one.coords_level0_px, other.coords_level0_px)
+            np.testing.assert_allclose(one.features, other.features, atol=2e-3, rtol=2e-3)
+            assert one.attributes["recipe_hash"] == other.attributes["recipe_hash"]
+
+
+def test_a_missing_bag_of_one_encoder_is_made_and_the_others_are_left(slides: Path, tmp_path: Path) -> None:
+    config = ExtractConfig(encoder=("texture", "random:vit_tiny_patch16_224:3"))
+    texture, vit = extract_features(slides, tmp_path / "job", tile=TILE, extract=config, quiet=True).features_folders
+    before = (texture / "a.h5").stat().st_mtime_ns
+    (vit / "a.h5").unlink()
+    extract_features(slides, tmp_path / "job", tile=TILE, extract=config, quiet=True)
+    assert (vit / "a.h5").exists() and (texture / "a.h5").stat().st_mtime_ns == before
+    assert {name: status for name, (status, _) in statuses(tmp_path / "job").items()} == {
+        "a": "done",
+        "b": "skipped",
+        "glass": "skipped",
+    }
+
+
+def test_the_manifest_tells_runs_slides_and_counts(slides: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        extract_features(slides, tmp_path / "job", tile=TILE, quiet=True)
+    lines = [json.loads(line) for line in (tmp_path / "job/logs/manifest.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", *["slide"] * 3, "end"] * 2
+    assert len({line["run"] for line in lines}) == 2
+    assert lines[4]["counts"] == {"done": 2, "empty": 1, "failed": 0, "skipped": 0} and lines[9]["counts"]["skipped"] == 3
+    assert lines[0]["packages"]["wsimil"] and lines[0]["request"]["tile"]["tile_px"] == 64
 
 
 def test_a_second_run_skips_what_is_done_and_touches_nothing(slides: Path, tmp_path: Path) -> None:
@@ -124,7 +207,7 @@ def test_a_failed_slide_is_tried_again_when_it_changes_or_when_asked(slides: Pat
     extract_features(slides, job, tile=TILE, quiet=True)
     extract_features(slides, job, tile=TILE, quiet=True)
     assert "--retry-failed" in statuses(job)["c"][1]
-    extract_features(slides, job, tile=TILE, extract=ExtractConfig(retry_failed=True), quiet=True)
+    extract_features(slides, job, tile=TILE, job=JobConfig(retry_failed=True), quiet=True)
     assert "--retry-failed" not in statuses(job)["c"][1]
     write_slide(slides / "c.svs", speckled(300, 300), mpp=0.5, compression="deflate", downsamples=(1,))
     extract_features(slides, job, tile=TILE, quiet=True)
@@ -134,7 +217,7 @@ def test_a_failed_slide_is_tried_again_when_it_changes_or_when_asked(slides: Pat
 def test_shards_share_the_slides_without_gap_or_overlap(slides: Path, tmp_path: Path) -> None:
     done = []
     for shard in ("1/2", "2/2"):
-        extraction = extract_features(slides, tmp_path / "job", tile=TILE, extract=ExtractConfig(shard=shard), quiet=True)
+        extraction = extract_features(slides, tmp_path / "job", tile=TILE, job=JobConfig(shard=shard), quiet=True)
         done.append({row.slide_id for row in extraction.rows})
     assert done[0] | done[1] == {"a", "b", "glass"} and not done[0] & done[1]
     assert {status for status, _ in statuses(tmp_path / "job").values()} == {"done", "empty"}
@@ -155,38 +238,60 @@ def test_two_slides_of_one_id_are_refused_before_any_work(slides: Path, tmp_path
 
 def test_no_encoder_no_work(slides: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
-        extract_features(slides, tmp_path / "job", tile=TILE, extract=ExtractConfig(encoder="no-such-encoder"), quiet=True)
+        extract_features(slides, tmp_path / "job", tile=TILE, extract=ExtractConfig(encoder=("no-such-encoder",)), quiet=True)
     assert not (tmp_path / "job").exists()
 
 
 def test_killed_in_the_middle_of_a_slide_it_resumes_and_accepts_no_partial_file(tmp_path: Path) -> None:
-    """A real SIGKILL while the second slide is being read; the rerun equals an undisturbed run."""
+    """A real SIGKILL when the first bag appears; the rerun equals an undisturbed run."""
     slides = tmp_path / "slides"
     slides.mkdir()
-    for number in range(3):
-        write_slide(slides / f"s{number}.tiff", speckled(2600, 2600, number), mpp=0.5, compression="deflate", downsamples=(1, 4))
+    names = [f"s{number}" for number in range(4)]
+    for number, name in enumerate(names):
+        write_slide(slides / f"{name}.tiff", speckled(2600, 2600, number), mpp=0.5, compression="deflate", downsamples=(1, 4))
     job = tmp_path / "job"
     command = [sys.executable, "-m", "wsimil", "extract", str(slides), "--out", str(job), "--tile-px", "64", "--quiet"]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen([*command, "--workers", "1"])
     folder = job / FOLDER
     deadline = time.monotonic() + 120
-    # the next slide's coordinates are there, its bag is not: the process is inside it
-    while not (job / "20x_64px_0px_overlap/patches/s1_patches.h5").exists():
+    while not list(folder.glob("s*.h5")):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    finished = {path.stem for path in folder.glob("*.h5") if not path.name.startswith(".")}
-    assert finished == {"s0"}
-    before = (folder / "s0.h5").stat().st_mtime_ns
+    before = {path.stem: path.stat().st_mtime_ns for path in folder.glob("s*.h5")}
+    assert 0 < len(before) < len(names), "it was killed in the middle"
 
     assert subprocess.run(command, check=False).returncode == 0
-    assert {name: status for name, (status, _) in statuses(job).items()} == {"s0": "skipped", "s1": "done", "s2": "done"}
-    assert (folder / "s0.h5").stat().st_mtime_ns == before
+    assert {name: status for name, (status, _) in statuses(job).items()} == {
+        name: "skipped" if name in before else "done" for name in names
+    }
+    assert all((folder / f"{name}.h5").stat().st_mtime_ns == time_ns for name, time_ns in before.items())
     assert not list(job.rglob(".*.tmp-*")), "leftovers of the killed run are swept"
     extract_features(slides, tmp_path / "calm", tile=TILE, quiet=True)
-    for number in range(3):
-        disturbed, calm = (read_bag(root / FOLDER / f"s{number}.h5") for root in (job, tmp_path / "calm"))
-        assert read_header(folder / f"s{number}.h5").attributes["complete"] == 1
+    for name in names:
+        disturbed, calm = (read_bag(root / FOLDER / f"{name}.h5") for root in (job, tmp_path / "calm"))
+        assert read_header(folder / f"{name}.h5").attributes["complete"] == 1
         np.testing.assert_array_equal(disturbed.features, calm.features)
         np.testing.assert_array_equal(disturbed.coords_level0_px, calm.coords_level0_px)
+
+
+def test_stain_normalisation_is_of_the_recipe_and_brings_slides_together(tmp_path: Path) -> None:
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for name, seed in (("a", 1), ("b", 1)):
+        scanner = Scanner() if name == "a" else Scanner(contrast=1.2, glass=(225, 235, 228))
+        painted = paint_slide(900, 700, mpp=0.5, seed=seed, scanner=scanner)
+        write_slide(slides / f"{name}.tiff", painted.rgb, mpp=0.5, compression="deflate", downsamples=(1,))
+    bags = {}
+    for stain in ("none", "macenko", "reinhard"):
+        job = tmp_path / stain
+        extract_features(slides, job, tile=TILE, extract=ExtractConfig(stain=stain), quiet=True)
+        bags[stain] = [read_bag(job / FOLDER / f"{name}.h5") for name in ("a", "b")]
+    assert len({bag.attributes["recipe_hash"] for (bag, _) in bags.values()}) == 3
+
+    def apart(stain: str) -> float:
+        a, b = (bag.features.astype(float).mean(0) for bag in bags[stain])
+        return float(np.abs(a - b).mean())
+
+    assert apart("macenko") < apart("none") and apart("reinhard") < apart("none")

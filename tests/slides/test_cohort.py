@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import struct
 from pathlib import Path
 
@@ -183,6 +184,27 @@ def test_a_dicom_series_is_one_slide(tmp_path: Path) -> None:
     assert (by_table.slide_id, by_table.path) == ("case", tmp_path / "case/1.dcm")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_with_the_name_of_a_slide_is_listed_and_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening one waits until somebody writes into it: this test would not end."""
+    touch(tmp_path, "a.svs", "series/1.dcm")
+    pipes = ["p1.dcm", "p2.svs", "p3.vms", "p4.png", "series/2.dcm"]
+    for name in pipes:
+        os.mkfifo(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("s.tiff")
+        slides = {slide.name: slide for slide in find_slides(tmp_path)}
+        assert sorted(slides) == sorted(["a.svs", "series/1.dcm", "s.tiff", *pipes])
+        for name in ("s.tiff", *pipes):
+            with pytest.raises(OSError, match=r"not a regular file|No such device"):
+                slides[name].fingerprint()
+            with pytest.raises(SlideUnreadableError):
+                Slide(slides[name].path)
+        (tmp_path / "table.csv").write_text("slide\np1.dcm\nseries\n")
+        assert [slide.path.name for slide in find_slides(tmp_path / "table.csv")] == ["p1.dcm", "1.dcm"]
+
+
 # ---- tables -------------------------------------------------------------------------------------------------------------
 
 
@@ -220,8 +242,10 @@ def test_a_table_names_slides_and_states_their_scale(tmp_path: Path) -> None:
     [
         ("slide,mpp\na.svs,0.25\nb.svs,20x\n", r"line 3: mpp is '20x'"),
         ("slide,mpp\na.svs,0.25\n,0.5\n", r"line 3: the slide is empty"),
-        ("slide;mpp\na.svs;0.25\n", r"no column `slide`, separated by commas \(columns: slide;mpp\)"),
-        ("", r"no column `slide`"),
+        ('slide,mpp\na.svs,"0,25"\n', r"line 2: mpp is '0,25'"),  # could be a thousand somewhere else
+        ("slide,mpp\na.svs,0,25\n", r"line 2: more cells than columns"),
+        ("slides;mpp\na.svs;0.25\n", r"no column `slide`; did you mean slides\? \(columns: slides, mpp\)"),
+        ("", r"no table in it"),
         ("slide,slide_id\na.svs,../a\n", r"line 2: slide_id '../a' cannot be a file name"),
         ("slide,slide_id\na.svs,.a\n", r"cannot be a file name"),
         ("slide\n", r"no slide in it"),
@@ -232,6 +256,33 @@ def test_a_table_names_slides_and_states_their_scale(tmp_path: Path) -> None:
 def test_a_table_that_cannot_be_used_says_where(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         find_slides(table(tmp_path, text))
+
+
+@pytest.mark.parametrize("mpp", ["0.25", "0,25", ".25", ",25"])
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_spreadsheets_of_other_countries_are_read(mpp: str, separator: str, tmp_path: Path) -> None:
+    lines = [("slide", "mpp", ""), ("a, b.svs", mpp, ""), ("c.svs", "", ""), ("", "", "")]
+    for name in ("table.csv", "table.tsv"):
+        (tmp_path / name).write_text("\n".join(separator.join(line) for line in lines))
+        slides = find_slides(tmp_path / name)
+        assert [(slide.slide_id, slide.mpp) for slide in slides] == [("a, b", 0.25), ("c", None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "slide_id", "mpp"),
+    [
+        ("wsi,mpp\na.svs,0.25\n", "a", 0.25),  # TRIDENT, AtlasPatch
+        ("wsi\na.svs\n", "a", None),
+        ("sample_id,image_path,mask_path,spacing_at_level_0\nS1,a.svs,,0.25\n", "S1", 0.25),  # hs2p
+        ("image_path\na.svs\n", "a", None),
+        ("slide,wsi,image_path,sample_id,spacing_at_level_0\na.svs,b.svs,c.svs,S1,9\n", "a", None),
+        ("wsi,sample_id,spacing_at_level_0\na.svs,S1,9\n", "a", None),
+        ("image_path,sample_id,slide_id,spacing_at_level_0,mpp\na.svs,S1,mine,9,0.5\n", "mine", 0.5),
+    ],
+)
+def test_tables_made_for_other_tools_are_read_and_our_names_win(text: str, slide_id: str, mpp: float, tmp_path: Path) -> None:
+    (slide,) = find_slides(table(tmp_path, text))
+    assert (slide.path, slide.slide_id, slide.mpp) == (tmp_path / "a.svs", slide_id, mpp)
 
 
 @pytest.mark.parametrize("content", [b"slide\n\xe9.svs\n", "slide\na.svs\n".encode("utf-16"), b"\x89PNG\r\n\x1a\n\0\0"])

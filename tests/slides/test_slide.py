@@ -269,9 +269,9 @@ def test_blocks_join_without_seams_and_stay_small(size: tuple[int, int], tmp_pat
         largest = [0]
         read = slide._reader.read
 
-        def watched(level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        def watched(level: int, x: int, y: int, width: int, height: int, *, patch: bool) -> np.ndarray:
             largest[0] = max(largest[0], width, height)
-            return read(level, x, y, width, height)
+            return read(level, x, y, width, height, patch=patch)
 
         monkeypatch.setattr(slide._reader, "read", watched)
         monkeypatch.setattr(slide_module, "_BLOCK_PX", 64)
@@ -447,6 +447,8 @@ def test_what_is_no_slide_is_refused_in_one_line(suffix: str, tmp_path: Path) ->
 
 
 def test_a_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "s.svs").touch()
+
     def denied(path: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -458,6 +460,16 @@ def test_a_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytes
         message = str(error)
     monkeypatch.undo()
     assert message == "cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize("suffix", ["svs", "png", "tiff", "dcm"])
+def test_a_pipe_is_refused_and_not_waited_for(suffix: str, tmp_path: Path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no pipes in this file system")
+    os.mkfifo(tmp_path / f"pipe.{suffix}")
+    (tmp_path / f"link.{suffix}").symlink_to(tmp_path / f"pipe.{suffix}")
+    for name in (f"pipe.{suffix}", f"link.{suffix}"):
+        assert "not a regular file" in refused(tmp_path / name)  # opening it would wait for ever
 
 
 @pytest.mark.parametrize("name", ["s.png", "s.jpg", "s.webp", "s.bmp", "flat.tif", "s.svs", "s.tiff"])
@@ -554,6 +566,140 @@ def test_a_slide_that_vanishes_after_an_error_ends_as_unreadable(damaged: Path) 
         damaged.unlink()
         with pytest.raises(SlideUnreadableError, match="no longer"):
             slide.read_tile(300, 300, tile_level0_px=100.0, tile_px=100)
+
+
+def lose_block(path: Path, *, level: int, block: int) -> None:
+    """As if the writer had never stored that block: its byte count becomes zero."""
+    with tifffile.TiffFile(path) as tiff:
+        tag = tiff.pages[level].tags["TileByteCounts"]
+        width = {3: 2, 4: 4, 16: 8}[tag.dtype]
+        at = tag.valueoffset + width * block
+    content = bytearray(path.read_bytes())
+    content[at : at + width] = bytes(width)
+    path.write_bytes(content)
+
+
+BLOCK_PX = 128
+
+
+def slide_with_background(
+    path: Path, vendor: str, *, downsamples: tuple[int, ...] = (1, 4), glass: int = 255, compression: str = "jpeg"
+) -> None:
+    """6 × 4 blocks, the right half of them bare."""
+    source = np.full((4 * BLOCK_PX, 6 * BLOCK_PX, 3), glass, np.uint8)
+    tissue = cv2.GaussianBlur(noise(3 * BLOCK_PX, 4 * BLOCK_PX), (0, 0), 2) // 2 + np.array([90, 40, 80], np.uint8)
+    source[:, : 3 * BLOCK_PX] = tissue
+    write_slide(path, source, mpp=0.5, vendor=vendor, downsamples=downsamples, tile_px=BLOCK_PX, compression=compression)
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "jpeg2000", "deflate"])
+@pytest.mark.parametrize("vendor", ["aperio", "generic"])
+def test_a_lost_block_is_an_error_and_its_neighbours_read_on(vendor: str, compression: str, tmp_path: Path) -> None:
+    if (vendor, compression) in (("generic", "jpeg2000"), ("aperio", "deflate")):
+        pytest.skip("no such files")
+    slide_with_background(tmp_path / "whole.svs", vendor, compression=compression)
+    slide_with_background(tmp_path / "s.svs", vendor, compression=compression)
+    lose_block(tmp_path / "s.svs", level=0, block=7)  # the second of the second row
+    with Slide(tmp_path / "s.svs") as slide, Slide(tmp_path / "whole.svs") as whole:
+        for row in range(4):
+            for column in range(6):
+                place = {"x": column * BLOCK_PX, "y": row * BLOCK_PX, "tile_level0_px": float(BLOCK_PX), "tile_px": BLOCK_PX}
+                if (row, column) == (1, 1):
+                    with pytest.raises(SlideReadError, match=r"at \(128, 128\), level 0: the block is missing"):
+                        slide.read_tile(**place)
+                else:
+                    assert apart(slide.read_tile(**place), whole.read_tile(**place)) == 0
+        for x, y in [(255, 255), (1, 1), (20, 20)]:  # one pixel of it is enough, whole factor or not
+            for tile_px in (128, 64, 90):
+                with pytest.raises(SlideReadError, match="missing"):
+                    slide.read_tile(x, y, tile_level0_px=128.0, tile_px=tile_px)
+        picture = slide.overview((192, 128))  # OpenSlide clears the place in all of Aperio's levels
+        assert picture[:, :96].max() < 250
+        if vendor == "generic":
+            assert apart(picture, whole.overview((192, 128))) == 0
+
+
+def test_background_that_a_writer_left_out_is_white(tmp_path: Path) -> None:
+    slide_with_background(tmp_path / "s.tiff", "generic")
+    for block in (3, 4, 5, 9, 10, 11, 15, 23):  # right up to the tissue
+        lose_block(tmp_path / "s.tiff", level=0, block=block)
+    with Slide(tmp_path / "s.tiff") as slide:
+        for x in (3, 4, 5):
+            assert slide.read_tile(x * BLOCK_PX, 0, tile_level0_px=128.0, tile_px=128).min() == 255
+        tile = slide.read_tile(3 * BLOCK_PX - 64, 64, tile_level0_px=128.0, tile_px=128)
+        assert tile[:, 64:].min() == 255
+        assert tile[:, :56].max() < 250
+        # where the writer left it out of all levels, nothing is missing either
+        lose_block(tmp_path / "s.tiff", level=1, block=1)
+    with Slide(tmp_path / "s.tiff") as slide:
+        assert slide.read_tile(4 * BLOCK_PX, 0, tile_level0_px=128.0, tile_px=128).min() == 255
+        assert slide.overview((192, 128))[:32, 140:].min() == 255
+
+
+def test_a_plain_tiff_without_a_witness_keeps_its_white(tmp_path: Path) -> None:
+    """Where no level has the place, Aperio's file is damaged; a plain TIFF's writer may have left out what was bare."""
+    for vendor in ("aperio", "generic"):
+        slide_with_background(tmp_path / f"{vendor}.svs", vendor, downsamples=(1,))
+        lose_block(tmp_path / f"{vendor}.svs", level=0, block=0)
+    with Slide(tmp_path / "generic.svs") as slide:
+        assert slide.read_tile(0, 0, tile_level0_px=128.0, tile_px=128).min() == 255
+    with Slide(tmp_path / "aperio.svs") as slide, pytest.raises(SlideReadError, match="missing"):
+        slide.read_tile(0, 0, tile_level0_px=128.0, tile_px=128)
+
+
+@pytest.mark.parametrize("vendor", ["aperio", "generic"])
+def test_lost_blocks_do_not_pass_for_glass_in_an_overview(vendor: str, tmp_path: Path) -> None:
+    """Tissue is looked for there: tiles over a hole must be tried, and fail, rather than never exist."""
+    slide_with_background(tmp_path / "s.tiff", vendor, downsamples=(1, 4) if vendor == "generic" else (1, 2))
+    lose_block(tmp_path / "s.tiff", level=1 if vendor == "generic" else 0, block=7 if vendor == "aperio" else 0)
+    with Slide(tmp_path / "s.tiff") as slide:
+        picture = slide.overview((192, 128))
+        assert picture[:, :95].max() < 250
+        assert picture[:, 140:].min() > 250  # and glass stays glass
+        with pytest.raises(SlideReadError, match="missing"):
+            slide.read_box(0, 0, 400, 400, size_px=(100, 100))
+
+
+def test_a_black_filling_is_no_witness(tmp_path: Path) -> None:
+    slide_with_background(tmp_path / "s.tiff", "generic", glass=0, compression="deflate")
+    lose_block(tmp_path / "s.tiff", level=0, block=10)
+    with Slide(tmp_path / "s.tiff") as slide:
+        assert slide.read_tile(4 * BLOCK_PX, BLOCK_PX, tile_level0_px=128.0, tile_px=128).min() == 255
+
+
+def test_what_a_scanner_did_not_scan_is_white(tmp_path: Path) -> None:
+    """Around the area of a Leica slide the canvas is clear: no block was ever there."""
+    write_slide(tmp_path / "s.scn", noise(600, 400), mpp=0.5, vendor="leica", bounds_offset_px=(301, 203), downsamples=(1, 4))
+    with Slide(tmp_path / "s.scn") as slide:
+        tile = slide.read_tile(201, 153, tile_level0_px=200.0, tile_px=200)
+        assert tile[:50].min() == tile[:, :100].min() == 255
+        assert tile[50:, 100:].std() > 10
+
+
+def test_whole_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search for lost blocks costs a normal tile nothing, and an overhanging one no second read."""
+    slide_with_background(tmp_path / "s.svs", "aperio")
+    reads = []
+    with Slide(tmp_path / "s.svs", on_read=lambda: reads.append("asked")) as slide:
+        region = slide._reader._region  # type: ignore[attr-defined]
+        monkeypatch.setattr(slide._reader, "_region", lambda *place: reads.append("read") or region(*place))
+        slide.read_tile(100, 100, tile_level0_px=128.0, tile_px=128)
+        slide.read_tile(700, 450, tile_level0_px=128.0, tile_px=128)
+        assert reads == ["read", "asked"] * 2
+
+
+def test_every_read_is_a_sign_of_life(damaged: Path) -> None:
+    signs = []
+    with Slide(damaged, on_read=lambda: signs.append(1)) as slide:
+        slide.read_tile(0, 0, tile_level0_px=100.0, tile_px=100)
+        slide.read_tile(0, 0, tile_level0_px=100.0, tile_px=47)
+        assert len(signs) == 2
+        with pytest.raises(SlideReadError):
+            slide.read_tile(300, 300, tile_level0_px=100.0, tile_px=100)
+        assert len(signs) == 3
+        with pytest.raises(SlideReadError):
+            slide.overview((100, 100))
+        assert len(signs) == 4
 
 
 def test_opening_is_silent(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_tissue_share_equals_counting_pixels(seed: int, tile: float) -> None:
         Rect(0, 0, width, height), tile_level0_px=tile, step_level0_px=tile, mask=mask, canvas=(width, height), min_tissue=0
     )
     counted = [fine[y : y + tile, x : x + tile].mean() for x, y in tiles.coords_level0_px]
-    assert np.allclose(tiles.tissue, counted, atol=1e-5)
+    assert np.allclose(tiles.qc["tissue"], counted, atol=1e-5)
 
 
 def test_min_tissue_keeps_exactly_the_tiles_that_hold_it() -> None:
@@ -111,6 +111,6 @@ def test_min_tissue_keeps_exactly_the_tiles_that_hold_it() -> None:
     everything = tile_grid(Rect(0, 0, 100, 100), tile_level0_px=20, step_level0_px=10, mask=mask, canvas=(100, 100), min_tissue=0)
     half = tile_grid(Rect(0, 0, 100, 100), tile_level0_px=20, step_level0_px=10, mask=mask, canvas=(100, 100), min_tissue=0.5)
     assert set(map(tuple, half.coords_level0_px)) == {
-        tuple(xy) for xy, share in zip(everything.coords_level0_px, everything.tissue, strict=True) if share >= 0.5
+        tuple(xy) for xy, share in zip(everything.coords_level0_px, everything.qc["tissue"], strict=True) if share >= 0.5
     }
     assert half.coords_level0_px[:, 0].max() == 40

@@ -17,7 +17,7 @@ import pytest
 
 from wsimil.bags.bag import read_bag
 from wsimil.bags.dataset import BagFolder
-from wsimil.config import Settings, SplitConfig, TileConfig, TrainConfig
+from wsimil.config import FilterConfig, Settings, SplitConfig, TileConfig, TrainConfig
 from wsimil.demo import hottest_tiles
 from wsimil.errors import EncoderMismatchError, UsageError
 from wsimil.files import read_json
@@ -117,6 +117,25 @@ def test_only_what_changed_is_done_again(cohort: Path, study: Study, tmp_path: P
     run_study(cohort / "slides", cohort / "labels.csv", copy, settings=changed, quiet=True)
     assert {path: path.stat().st_mtime_ns for path in bags} == bags
     assert all(path.read_bytes() != content for path, content in models.items())
+
+
+def test_another_filter_redoes_all_but_the_bags(cohort: Path, study: Study, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "study"
+    shutil.copytree(study.folder, copy)
+    bags = {path: path.read_bytes() for path in copy.rglob("features_*/*.h5")}
+    changed = replace(SETTINGS, filter=FilterConfig(qc_tissue=0.9))
+    said: list[str] = []
+    run_study(cohort / "slides", cohort / "labels.csv", copy, settings=changed, quiet=True, say=said.append)
+    assert {path: path.read_bytes() for path in bags} == bags
+    assert not any("unchanged" in line for line in said)
+    name = study.predictions.iloc[0]["slide_id"]
+    with open_hdf5(copy / "predictions" / "scores" / f"{name}.h5") as file:
+        seen = np.isfinite(file["attention"][:]).all(1)
+    kept = BagFolder(copy / "bags").read(name).qc["tissue"] >= np.float32(0.9)
+    np.testing.assert_array_equal(seen, kept)
+    assert kept.any() and not kept.all()
 
 
 def test_a_new_slide_is_predicted_by_all_folds_together(study: Study, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "read_bag",
     "read_header",
     "read_patches",
+    "read_scores",
     "stored_features",
     "write_bag",
     "write_patches",
@@ -144,17 +145,28 @@ def read_bag(path: Path) -> Bag:
     """The whole bag. Raises BagFormatError as `read_header` does."""
     with open_hdf5(path) as file:
         header = _header(Path(path), file)
-        valid = file["valid"][()].astype(bool) if "valid" in file else np.ones(header.n_tiles, bool)
-        if int((~valid).sum()) != header.attributes["n_invalid"]:
-            stated = header.attributes["n_invalid"]
-            raise BagFormatError(f"{path}: n_invalid is {stated}, but {(~valid).sum()} rows are not valid")
+        valid, qc = _scores(header, file)
         return Bag(
             features=file["features"][()],
             coords_level0_px=file["coords"][()].astype(np.int64),
             valid=valid,
-            qc={name: values[()] for name, values in file["qc"].items()} if "qc" in file else {},
+            qc=qc,
             attributes=header.attributes,
         )
+
+
+def read_scores(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """valid (N,) bool and qc {name: (N,)} of a bag, features unread. Raises BagFormatError as `read_header` does."""
+    with open_hdf5(path) as file:
+        return _scores(_header(Path(path), file), file)
+
+
+def _scores(header: BagHeader, file: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    valid = file["valid"][()].astype(bool) if "valid" in file else np.ones(header.n_tiles, bool)
+    if int((~valid).sum()) != header.attributes["n_invalid"]:
+        stated = header.attributes["n_invalid"]
+        raise BagFormatError(f"{header.path}: n_invalid is {stated}, but {(~valid).sum()} rows are not valid")
+    return valid, {name: values[()] for name, values in file["qc"].items()} if "qc" in file else {}
 
 
 def _header(path: Path, file: Any) -> BagHeader:
@@ -199,28 +211,36 @@ def _trident_attributes(path: Path, file: Any) -> dict[str, Any]:
 
 
 def write_patches(
-    path: Path, coords_level0_px: np.ndarray, tissue: np.ndarray, geometry: Geometry, attributes: Mapping[str, Any]
+    path: Path,
+    coords_level0_px: np.ndarray,
+    qc: Mapping[str, np.ndarray],  # (N,) each, as in a bag
+    geometry: Geometry,
+    attributes: Mapping[str, Any],
 ) -> None:
-    """Write the coordinates alone, for other people's readers and for the next encoder."""
+    """Write the coordinates and what is known of the tiles, for other people's readers and for the next encoder."""
+    scores = _qc_parts(qc)
+    _check_parts(path, {"coords": coords_level0_px, **scores})
     write_hdf5(
         path,
         {
             "coords": Dataset(coords_level0_px.astype(np.int64), geometry.attributes()),
-            "qc/tissue": Dataset(tissue.astype(np.float32)),
+            **{name: Dataset(values.astype(np.float32)) for name, values in scores.items()},
         },
         {**attributes, "format": "wsimil-patches", "format_version": FORMAT_VERSION},
     )
 
 
-def read_patches(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """coords (N, 2), tissue (N,), root attributes of a finished patches file of ours. Raises BagFormatError."""
+def read_patches(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+    """coords (N, 2), qc {name: (N,)}, root attributes of a finished patches file of ours. Raises BagFormatError."""
     with open_hdf5(path) as file:
         attributes = plain_attributes(file)
         if attributes.get("format") != "wsimil-patches":
             raise BagFormatError(f"{path}: no patches file of wsimil's")
         _check_finished(path, attributes)
-        _check_parts(path, {"coords": file["coords"], "qc/tissue": file["qc/tissue"]})
-        return file["coords"][()], file["qc/tissue"][()], attributes
+        if "coords" not in file or "qc" not in file:
+            raise BagFormatError(f"{path}: no datasets `coords` and `qc`; delete it and tile again")
+        _check_parts(path, {"coords": file["coords"], **_qc_parts(file["qc"])})
+        return file["coords"][()], {name: values[()] for name, values in file["qc"].items()}, attributes
 
 
 def _qc_parts(qc: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 - All bags must come from the same encoder and scale; two that differ are an error that names them.
 - Bags are kept in memory up to a limit and read from their files beyond it: results are the same.
-- Rows that are not valid never reach a model.
+- Rows that are not valid, or that the filter leaves out, never reach a model; a slide left without rows is an empty one.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wsimil.bags.bag import Bag, BagHeader, read_bag, read_header
+from wsimil.bags.bag import Bag, BagHeader, read_bag, read_header, read_scores
+from wsimil.bags.filter import NO_FILTER, kept_tiles
 from wsimil.batch import BagBatch
+from wsimil.config import FilterConfig
 from wsimil.errors import BagFormatError, EncoderMismatchError, UsageError
 from wsimil.files import fingerprint
 
@@ -48,6 +50,7 @@ class BagFolder:
 
     Args:
         folder: a job folder or a `features_*` folder.
+        filter: which tiles count; every valid one if not given.
         cache_bytes: bags kept in memory, at most.
 
     Raises:
@@ -56,8 +59,8 @@ class BagFolder:
         EncoderMismatchError: bags of different encoders.
     """
 
-    def __init__(self, folder: str | Path, *, cache_bytes: int = 4 << 30) -> None:
-        self.folder = find_features_folder(folder)
+    def __init__(self, folder: str | Path, *, filter: FilterConfig = NO_FILTER, cache_bytes: int = 4 << 30) -> None:
+        self.folder, self.filter = find_features_folder(folder), filter
         headers = [read_header(path) for path in sorted(self.folder.glob("*.h5")) if not path.name.startswith(".")]
         if not headers:
             raise UsageError(f"{self.folder}: no bag (*.h5) in it")
@@ -68,6 +71,7 @@ class BagFolder:
             if other is not header:
                 names = f"{other.path.name} and {header.path.name}"
                 raise BagFormatError(f"{self.folder}: {names} are both of slide {header.slide_id}; remove one")
+        self._kept: dict[str, np.ndarray] = {}
         self._cache: dict[str, Bag] = {}
         self._cache_left = cache_bytes
 
@@ -78,7 +82,7 @@ class BagFolder:
 
     @property
     def filled(self) -> list[str]:
-        """Slides with at least one usable tile."""
+        """Slides with at least one usable tile. Raises UsageError as `kept` does."""
         return [slide_id for slide_id in self.slide_ids if self.n_valid(slide_id) > 0]
 
     @property
@@ -90,8 +94,23 @@ class BagFolder:
         return next(iter(self.headers.values())).encoder
 
     def n_valid(self, slide_id: str) -> int:
+        """Usable tiles of a slide; without a filter the header tells. Raises UsageError as `kept` does."""
+        if self.filter != NO_FILTER:
+            return int(self.kept(slide_id).sum())
         header = self.headers[slide_id]
         return header.n_tiles - int(header.attributes.get("n_invalid", 0))
+
+    def kept(self, slide_id: str) -> np.ndarray:
+        """Rows of the stored bag that are valid and pass the filter, (N,) bool: those that `load` gives, in its order.
+
+        Raises:
+            UsageError: the filter asks for a score that the bag lacks.
+        """
+        if slide_id not in self._kept:
+            path, cached = self.headers[slide_id].path, self._cache.get(slide_id)
+            valid, qc = (cached.valid, cached.qc) if cached else read_scores(path)
+            self._kept[slide_id] = kept_tiles(valid, qc, self.filter, bag=path.name)
+        return self._kept[slide_id]
 
     def fingerprint(self, slide_id: str) -> str:
         """What the bag was made of: changes when the slide or the recipe does."""
@@ -112,13 +131,13 @@ class BagFolder:
         return bag
 
     def load(self, slide_id: str) -> BagBatch:
-        """The valid tiles of a slide as a batch of one bag; features in float32, positions where the scale is known.
+        """The usable tiles of a slide as a batch of one bag; features in float32, positions where the scale is known.
 
         Raises:
-            BagFormatError: a valid tile holds NaN or infinity.
+            BagFormatError: a usable tile holds NaN or infinity.
+            UsageError: as `kept` does.
         """
-        bag = self.read(slide_id)
-        keep = bag.valid
+        bag, keep = self.read(slide_id), self.kept(slide_id)
         # always a copy: what a model does to its batch must not reach the cache
         features = (bag.features if keep.all() else bag.features[keep]).astype(np.float32)
         if not np.isfinite(features).all():

@@ -16,10 +16,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pandas as pd
 
-from wsimil.bags.table import Table, read_table, require_column
 from wsimil.config import LabelsConfig, nearest
 from wsimil.errors import LabelsError
 from wsimil.files import slide_id_from_path, slide_name, strip_suffix
+from wsimil.table import Table, read_table, require_column
 from wsimil.task import Task
 
 __all__ = ["infer_task", "match_labels", "match_slides", "read_labels", "slide_ids_of"]

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from wsimil.bags.table import Table, read_table, require_column
 from wsimil.config import SplitConfig
 from wsimil.errors import SplitsError
 from wsimil.files import atomic_path
+from wsimil.table import Table, read_table, require_column
 from wsimil.task import Task
 
 __all__ = ["COLUMNS", "check_splits", "make_splits", "read_splits", "splits_hash", "write_splits"]

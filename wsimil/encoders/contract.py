@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import log
 from typing import Any, Literal
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "EncoderContract", "Interpolation", "Pooling", "safe_name"]
@@ -52,6 +53,7 @@ class EncoderContract:
     licence: str = ""
     gated: bool = False
     source: str = ""
+    revision: str = ""  # the hub's commit that the weights at hand came from; empty: not from the hub, or not known
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -86,9 +88,12 @@ class EncoderContract:
         seen = mpp * tile_px / self.tile_px if self.tile_px else mpp
         if not scales or any(1 / _SCALE_TOLERANCE <= seen / scale <= _SCALE_TOLERANCE for scale in scales):
             return None
-        trained = " and ".join(f"{scale:g}" for scale in scales)
+        *others, last = (f"{scale:g}" for scale in scales)
+        trained = f"{', '.join(others)} and {last}" if others else last
         resized = f" ({tile_px} px at {mpp:g} µm/px, resized to {self.tile_px} px)" if self.tile_px not in (None, tile_px) else ""
-        return f"encoder {self.name} was trained at {trained} µm/px and would see {seen:.3g} µm/px{resized}"
+        nearest = min(scales, key=lambda scale: abs(log(mpp / scale)))
+        way_out = f"; it asks for --mpp {nearest:g}" + (f" --tile-px {self.tile_px}" if self.tile_px else "")
+        return f"encoder {self.name} was trained at {trained} µm/px and would see {seen:.3g} µm/px{resized}{way_out}"
 
 
 def safe_name(name: str) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 
 from wsimil.encoders.contract import EncoderContract
 from wsimil.encoders.encoder import Encoder
-from wsimil.encoders.hub import cached_file, fetch, ways_out
+from wsimil.encoders.hub import cached_file, commit_of, fetch, ways_out
 from wsimil.encoders.networks import build_network
 from wsimil.encoders.registry import TEXTURE, EncoderEntry
 from wsimil.encoders.resolve import DESCRIPTION_FILES, FOLDER_WEIGHTS, FORMAT, FORMAT_VERSION, Request, resolve
@@ -59,8 +59,9 @@ def load_encoder(
         return TextureEncoder().to(device).eval()
     request = resolve(name)
     sha256 = _file_sha256(request)
-    network = _network(request)
-    contract = _completed(request, network, embedding)
+    file = _weights_file(request)
+    network = _network(request, file)
+    contract = replace(_completed(request, network, embedding), revision=commit_of(file) if file else "")
     sha256 = sha256 or state_sha256(network.state_dict())
     encoder = NetworkEncoder(replace(contract, sha256=sha256), network, dtype=_DTYPES[dtype])
     return encoder.requires_grad_(False).to(device).eval()
@@ -86,7 +87,8 @@ def describe_encoder(name: str) -> str:
     """Lines about one encoder: what it expects, whether its weights are here, and how to get them if not."""
     request = None if name == TEXTURE.name else resolve(name)
     contract = TEXTURE if request is None else _contract_of(request, "default")
-    scale = f"{contract.mpp:g} µm/px" if contract.mpp else "scale not stated"
+    scales = contract.trained_mpps or ((contract.mpp,) if contract.mpp else ())
+    scale = f"{'/'.join(f'{mpp:g}' for mpp in scales)} µm/px" if scales else "scale not stated"
     size = f"{contract.tile_px} px" if contract.tile_px else "any tile size"
     lines = [
         f"encoder {name}: {contract.architecture}, {contract.dim} numbers per tile, pooling {contract.pooling}",
@@ -105,12 +107,18 @@ def _where_weights_are(request: Request | None, contract: EncoderContract) -> li
     if request.seed is not None:
         return [f"weights: random, seed {request.seed}"]
     entry = request.entry
-    here = cached_file(entry.hub_id, entry.weight_files, entry.revision)
+    pinned = f"pinned to commit {entry.revision}" if entry.revision else "main branch (not pinned)"
+    source = f"source: https://huggingface.co/{entry.hub_id}, {pinned}"
+    here = cached_file(entry.hub_id, entry.weight_files, entry.revision, exact=entry.exact_revision)
     if here is not None:
-        return [f"weights: {here}"]
+        commit = commit_of(here)
+        other = f", commit {commit}" if commit and commit != entry.revision else ""
+        return [source, f"weights: here{other}: {here}"]
+    size = f" (about {entry.params_m * 4 / 1000:.1f} GB)" if entry.params_m else ""
     return [
-        f"weights: not on this machine; fetched from https://huggingface.co/{entry.hub_id} on first use",
-        ways_out(contract.name, entry.hub_id, revision=entry.revision, gated=contract.gated),
+        source,
+        f"weights: not on this machine{size}",
+        *ways_out(contract.name, entry.hub_id, entry.weight_files, revision=entry.revision, gated=contract.gated),
     ]
 
 
@@ -181,14 +189,28 @@ def _file_sha256(request: Request) -> str:
     return sha256
 
 
-def _network(request: Request) -> nn.Module:
+def _weights_file(request: Request) -> Path | None:
+    """The local file, or that of the hub, which is fetched if it is not here; None for random weights."""
+    entry = request.entry
+    if request.file is not None or request.seed is not None:
+        return request.file
+    return fetch(
+        entry.contract.name,
+        entry.hub_id,
+        entry.weight_files,
+        revision=entry.revision,
+        exact=entry.exact_revision,
+        gated=entry.contract.gated,
+    )
+
+
+def _network(request: Request, file: Path | None) -> nn.Module:
     entry = request.entry
     contract = entry.contract
-    if request.seed is not None:
+    if file is None:
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had happened
-            torch.manual_seed(request.seed)
+            torch.manual_seed(request.seed or 0)
             return build_network(contract.architecture, entry.model_args)
-    file = request.file or fetch(contract.name, entry.hub_id, entry.weight_files, revision=entry.revision, gated=contract.gated)
     return network_with_weights(
         contract.architecture, entry.model_args, read_weights(file), where=f"encoder {contract.name}: {file}"
     )

@@ -5,7 +5,9 @@
   test compares with the network that `architecture` and `model_args` build.
 - `tested=False` says that the real weights were never run through this code: most are gated or large. Loading is strict, so weights
   that do not fit end in an error, not in other vectors.
-- `mpp` None: no pathology, or a scale that was not found stated.
+- `mpp` None: no pathology, or a scale that was not found stated by the authors.
+- `_REVISIONS` pins what is downloaded. A commit is there only if a public page or log shows the weights in it; the others follow
+  the hub's main branch, and say so. Which commit the weights at hand came from is recorded either way.
 - No torch here. `model_args` are JSON-like; layer names are turned into layers by `networks.py`.
 """
 
@@ -37,6 +39,29 @@ TEXTURE = EncoderContract(
 
 _CC_NC_ND = "CC-BY-NC-ND-4.0"
 
+_REVISIONS = {
+    # seen as a snapshot in other people's caches, with the weights file in it
+    "MahmoodLab/UNI": "b55a5ec6cade1a39edfe6534189a9b8ca7a022f0",
+    "MahmoodLab/UNI2-h": "d517a8dd47902dd7c308b3c36f63bce47e7b9a43",
+    "MahmoodLab/conchv1_5": "3e5766a5d1500d53c73c03005e24c30c1f27be13",
+    "paige-ai/Virchow": "19eebc84ae33e79f1b2d866e6ff90ae50e522f9a",
+    "paige-ai/Virchow2": "3158645804b69e3f3bc4439d4116edddf0840a72",
+    "bioptimus/H-optimus-0": "7bb31657b49434acc78732d9e2f393b846619393",
+    "prov-gigapath/prov-gigapath": "eba85dd46097c3eedfcc2a3a9a930baecb6bcc19",
+    # the hub's own page of that commit lists the weights file, or its history shows it older than the commit
+    "1aurent/vit_base_patch16_224.owkin_pancancer": "3fc9281f2bc722315154278e600a2dc437454c82",  # after "switch weights to teacher"
+    "owkin/phikon-v2": "419e8285b80eac3b60beca0d9b91942d48ad7b8e",
+    "histai/hibou-b": "7fdc8cce365ebfd9e7e60ee6ee9a8d4d59388f3c",
+    "1aurent/vit_small_patch16_224.kaiko_ai_towards_large_pathology_fms": "48560ea39969fe44b7b2ab057de01484243a7d43",
+    "1aurent/vit_small_patch8_224.kaiko_ai_towards_large_pathology_fms": "003775444da0119f90ca63e2b86e454fd06ba797",
+    "1aurent/vit_base_patch16_224.kaiko_ai_towards_large_pathology_fms": "797c524a94c7fdae8ea33064d0ac6966ed8956bb",
+    "1aurent/vit_base_patch8_224.kaiko_ai_towards_large_pathology_fms": "a4eb74de76274a5f3fe8260841a1b07a90930f43",
+    "1aurent/vit_large_patch14_reg4_224.kaiko_ai_towards_large_pathology_fms": "d86df45eccdb957aa7869bab7d11f8e158dcbda2",
+    "1aurent/vit_small_patch8_224.lunit_dino": "c23bc01cfbe022bc1f2a8a9306125a07818e4eb4",
+    "1aurent/swin_tiny_patch4_window7_224.CTransPath": "59c740e4ed91dda4ebe094b64e4cd2e015c31810",
+    "timm/resnet50.tv_in1k": "aa6c2d36d56bc0209040c02b5a7b7d7bf11d57b8",
+}
+
 
 @dataclass(frozen=True)
 class EncoderEntry:
@@ -46,7 +71,8 @@ class EncoderEntry:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     hub_id: str = ""
     weight_files: tuple[str, ...] = _SAFE_FIRST  # in the order they are looked for
-    revision: str | None = None  # None: the hub's main branch
+    revision: str | None = None  # commit, branch or tag on the hub; None: its main branch
+    exact_revision: bool = False  # the user named it: weights of another one that lie here are not used instead
     params_m: float | None = None
     aliases: tuple[str, ...] = ()  # TRIDENT's names, mostly
     tested: bool = False
@@ -89,7 +115,8 @@ def _entry(
         source=f"https://huggingface.co/{hub_id}",
         note=note,
     )
-    return EncoderEntry(contract, model_args or {}, hub_id, weight_files, params_m=params_m, aliases=aliases)
+    revision = _REVISIONS.get(hub_id)
+    return EncoderEntry(contract, model_args or {}, hub_id, weight_files, revision=revision, params_m=params_m, aliases=aliases)
 
 
 _KAIKO_HUB = "1aurent/{}.kaiko_ai_towards_large_pathology_fms"
@@ -143,7 +170,7 @@ def _hibou(name: str, architecture: str, hub_id: str, dim: int, params_m: float,
         std=(0.195, 0.2316, 0.1816),
         interpolation="bicubic",
         aliases=(alias,),
-        note="DINOv2 with registers; weights are converted from the transformers layout",
+        note="DINOv2 with registers; scale not stated by its authors (others use 0.5 µm/px)",
     )
 
 
@@ -289,6 +316,31 @@ ENCODERS: dict[str, EncoderEntry] = {
             pooling="cls+mean",
             aliases=("midnight", "midnight12k"),
             note="weights are converted from the transformers layout",
+        ),
+        _entry(
+            "openmidnight",
+            "vit_giant_patch14_reg4_dinov2",
+            "SophontAI/OpenMidnight",
+            dim=1536,
+            licence="Apache-2.0",
+            gated=True,
+            params_m=1135,
+            model_args={"img_size": 224, "init_values": 1e-5},
+            mpp=None,
+            weight_files=("teacher_checkpoint_load.pt",),
+            note="open replication of Midnight, with registers; its scales were not found stated",
+        ),
+        _entry(
+            "gpfm",
+            "vit_large_patch14_dinov2",
+            "majiabo/GPFM",
+            dim=1024,
+            licence="CC-BY-NC-4.0 or MIT: see its card",
+            params_m=303.2,
+            model_args={"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True},
+            interpolation="bicubic",
+            weight_files=("GPFM.pth",),
+            note="cut at 512 px at 0.25 µm/px by its authors, the field of 256 px at 0.5",
         ),
         _kaiko("kaiko-vits16", "vit_small_patch16_224", "vit_small_patch16_224", 384, 21.7),
         _kaiko("kaiko-vits8", "vit_small_patch8_224", "vit_small_patch8_224", 384, 21.7),

@@ -1,7 +1,7 @@
 """From what the user wrote to what has to be built and where its weights are; nothing is loaded here.
 
     texture                           built in
-    uni2-h                            an entry of the registry, weights from the hub or its cache
+    uni2-h[@revision]                 an entry of the registry, weights from the hub or its cache
     uni2-h=weights/uni2-h             the same with weights that lie here: a file, or a folder as downloaded from the hub
     vit_small_patch16_224.dino        timm's name; vit_small_patch16_224=checkpoint.pth is timm's architecture with your weights
     hf-hub:org/model[@revision]       a timm model on the hub
@@ -66,22 +66,23 @@ def resolve(name: str) -> Request:
         return _random(name)
     if name.startswith(_HUB_PREFIXES):
         return Request(_hub_entry(name))
-    entry = find_encoder(name)
+    plain, _, revision = name.partition("@")
+    entry = find_encoder(plain)
     if entry is not None:
-        return Request(entry)
+        return Request(_at(entry, revision))
     architecture, equals, path = name.partition("=")
     if equals and not Path(name).exists():
         known = find_encoder(architecture) or (_timm_entry(architecture) if _timm_knows(architecture) else None)
         if known is not None:
             return Request(known, file=_local_file(Path(path).expanduser(), known.weight_files, name))
-    if _timm_knows(name):
-        entry = _timm_entry(name)
+    if _timm_knows(plain):
+        entry = _timm_entry(plain)
         if not entry.hub_id:
             raise EncoderWeightsError(
-                f"encoder {name}: timm has the architecture but no weights on the hub; pass {name}=FILE with your own, "
-                f"or random:{name} for an untrained network"
+                f"encoder {plain}: timm has the architecture but no weights on the hub; pass {plain}=FILE with your own, "
+                f"or random:{plain} for an untrained network"
             )
-        return Request(entry)
+        return Request(_at(entry, revision))
     path = Path(name).expanduser()
     if path.exists():
         return _local(path)
@@ -89,9 +90,17 @@ def resolve(name: str) -> Request:
         raise EncoderWeightsError(f"encoder {name}: no such file or folder; a model on the hub is written hf-hub:org/model")
     known_names = [TEXTURE.name, *ENCODERS, *(alias for entry in ENCODERS.values() for alias in entry.aliases)]
     raise EncoderError(
-        f"encoder {name!r} is unknown{nearest(name, known_names) or nearest(name, timm.list_models())} "
+        f"encoder {name!r} is unknown{nearest(plain, known_names) or nearest(plain, timm.list_models())} "
         "(names: `wsimil encoders`; or a timm name, hf-hub:org/model, a local file or folder, random:<timm name>)"
     )
+
+
+def _at(entry: EncoderEntry, revision: str) -> EncoderEntry:
+    """The same encoder at a revision that the user named; it is part of the name then, and so of the folder's."""
+    if not revision:
+        return entry
+    contract = replace(entry.contract, name=f"{entry.contract.name}@{revision}")
+    return replace(entry, contract=contract, revision=revision, exact_revision=True)
 
 
 def _random(name: str) -> Request:
@@ -136,12 +145,12 @@ def _hub_entry(name: str) -> EncoderEntry:
     hub_id, _, revision = name.partition(":")[2].partition("@")
     for entry in ENCODERS.values():  # their own config.json does not say all that it takes to build them
         if entry.hub_id.lower() == hub_id.lower():
-            return replace(entry, revision=revision or entry.revision)
+            return _at(entry, revision)
     if hub_id.count("/") != 1 or not all(hub_id.split("/")):
         raise EncoderError(f"encoder {name}: expected hf-hub:org/model or hf-hub:org/model@revision")
-    config = fetch(name, hub_id, ("config.json",), revision=revision or None)
+    config = fetch(name, hub_id, ("config.json",), revision=revision or None, exact=bool(revision))
     entry = _described(config, name, "")
-    return replace(entry, hub_id=hub_id, revision=revision or None)
+    return replace(entry, hub_id=hub_id, revision=revision or None, exact_revision=bool(revision))
 
 
 def _local(path: Path) -> Request:

@@ -3,7 +3,8 @@
 - `.safetensors`, or a torch file read with `weights_only=True`: a pickle that would call anything is refused.
 - Training checkpoints are understood: the network is found in them (the teacher's, where there is a student too) and a prefix such
   as `teacher.backbone.` is removed, if what is under it fits the network exactly. Heads beside it are left out.
-- transformers' DINOv2 layout is converted here; other layouts of a family (original DINOv2, old Swin) by timm's own converters.
+- transformers' DINOv2 layout and the chunked blocks of DINOv2's training code are converted here; other layouts of a family
+  (original DINOv2, old Swin) by timm's own converters.
 - Anything missing, unexpected or of another shape is an error that names it.
 """
 
@@ -34,6 +35,9 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".torch", ".t
 
 _WRAPPERS = ("teacher", "model_ema", "ema", "state_dict", "model_state_dict", "model", "module", "backbone", "encoder", "student")
 """Keys under which training code keeps a state dict, the one to use first."""
+
+_CHUNK = re.compile(r"\b(blocks\.)\d+\.(?=\d+\.)")
+"""DINOv2 trains in chunks: blocks.<chunk>.<block>.… where <block> counts through all of them."""
 
 _PATCH = "patch_embed.proj.weight"
 _HF_ANCHOR = "embeddings.patch_embeddings.projection.weight"
@@ -103,6 +107,7 @@ def skeleton(architecture: str, model_args: Mapping[str, Any]) -> nn.Module:
 
 
 def _fit(state: Mapping[str, Tensor], network: nn.Module, where: str) -> dict[str, Tensor]:
+    state = {_CHUNK.sub(r"\1", key): value for key, value in state.items()}
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     named = getattr(network, "pretrained_cfg", {}).get("classifier") or "head"
     classifiers = {name.split(".")[0] for name in ([named] if isinstance(named, str) else named)}

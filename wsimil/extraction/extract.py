@@ -1,34 +1,37 @@
-"""Slides to bags: tiles through an encoder into one file per slide, resumable.
+"""Slides to bags: tiles through encoders into one file per slide and encoder, resumable.
 
-- A bag that exists counts as done only if the same recipe made it from the same slide file and its parts agree.
-- A bag of another recipe is never overwritten unasked.
+- Readers fill memory, the run's own process encodes. Batches cross the ends of slides: small slides cost no more than large ones.
+- Several encoders share one pass over the pixels.
 - The recipe is what results depend on: not the device, the batch size, the version or the paths.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from wsimil.bags.bag import Bag, read_header, stored_features, write_bag
-from wsimil.config import ExtractConfig, TileConfig
+from wsimil.bags.bag import Bag, stored_features, write_bag
+from wsimil.config import ExtractConfig, JobConfig, TileConfig
 from wsimil.encoders import Encoder, load_encoder
-from wsimil.errors import BagFormatError, StaleBagError
-from wsimil.extraction.job import Job, Row, run_slides
-from wsimil.extraction.tile import roi_file, tile_recipe, tile_slide, too_small
-from wsimil.files import hash_of
+from wsimil.errors import SlideError, SlideUnreadableError, UsageError, WsimilError
+from wsimil.extraction.engine import Stage, run_slides
+from wsimil.extraction.job import Job, Row, failure_key
+from wsimil.extraction.pixels import Prepared, TilePixels, Wanted, WantedBag
+from wsimil.extraction.tile import too_small
+from wsimil.files import write_text
 from wsimil.slides.cohort import SlideFile, find_slides
-from wsimil.slides.slide import RESAMPLER, Slide
-from wsimil.slides.tiles import read_tiles
-from wsimil.slides.tiling import resolve_scale
+from wsimil.slides.stain import StainTarget, stain_normaliser
+from wsimil.slides.tiles import MAX_INVALID
 
 __all__ = ["Extraction", "extract_features", "resolve_device"]
+
+_SECTION_TILES = 2048
+"""Tiles that one reader takes of a slide at a time: several readers share a large slide, a small one has one."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Extraction:
     """What a run over slides came to."""
 
     rows: list[Row]
-    features_folder: Path
+    features_folders: tuple[Path, ...]  # one per encoder, in the order asked for
 
     @property
     def failed(self) -> list[Row]:
@@ -58,10 +61,11 @@ def extract_features(
     *,
     tile: TileConfig | None = None,
     extract: ExtractConfig | None = None,
+    job: JobConfig | None = None,
     quiet: bool = False,
     say: Callable[[str], None] = lambda message: None,
 ) -> Extraction:
-    """Write a bag for every slide into `<out>/<mag>x_<px>px_<ov>px_overlap/features_<encoder>/`.
+    """Write a bag for every slide and encoder into `<out>/<mag>x_<px>px_<ov>px_overlap/features_<encoder>/`.
 
     Args:
         slides: folder, slide, or CSV (`slide`, optional `slide_id`, `mpp`).
@@ -70,130 +74,218 @@ def extract_features(
 
     Raises:
         UsageError: no slide, two slides of one id, an encoder that cannot be had.
+        WsimilError: the encoder fails, or the folder can hold no more.
     """
-    tile, extract = tile or TileConfig(), extract or ExtractConfig()
+    tile, extract, job = tile or TileConfig(), extract or ExtractConfig(), job or JobConfig()
     files = find_slides(slides)
     device = resolve_device(extract.device)
     dtype = extract.dtype if extract.dtype != "auto" else ("bf16" if device.startswith("cuda") else "fp32")
-    encoder = load_encoder(extract.encoder, device=device, dtype=dtype, embedding=extract.embedding)
-    if extract.encoder == "texture":
+    encoders = [load_encoder(name, device=device, dtype=dtype, embedding=extract.embedding) for name in extract.encoder]
+    if extract.encoder == ("texture",):
         say("encoder: texture (built-in colour and gradient statistics; --encoder names a pretrained network)")
-    if remark := encoder.contract.scale_remark(mpp=tile.mpp, tile_px=tile.tile_px):
-        say(remark)
-    job = Job(Path(out))
-    folder = job.geometry_folder(tile.mpp, tile.tile_px, tile.overlap_px) / encoder.contract.folder_name
-    worker = _Worker(job, folder, encoder, device, tile, extract)
-    request = {"tile": asdict(tile), "encoder": encoder.contract.recipe()}
+    for encoder in encoders:
+        if remark := encoder.contract.scale_remark(mpp=tile.mpp, tile_px=tile.tile_px):
+            say(remark)
+    folder = Job(Path(out))
+    geometry = folder.geometry_folder(tile.mpp, tile.tile_px, tile.overlap_px)
+    bags = tuple(
+        WantedBag(
+            geometry / encoder.contract.folder_name,
+            {"encoder": encoder.contract.recipe(), "feature_dtype": extract.feature_dtype},
+        )
+        for encoder in encoders
+    )
+    if len({bag.folder for bag in bags}) < len(bags):
+        raise UsageError(f"two of the encoders {', '.join(extract.encoder)} would write to the same folder; name each once")
+    stain = None
+    if extract.stain != "none":
+        stain = stain_normaliser(extract.stain, StainTarget.of_image(extract.stain_target) if extract.stain_target else None)
+    request = {
+        "tile": asdict(tile),
+        "bags": [dict(bag.recipe) for bag in bags],
+        "stain": stain.recipe() if stain else None,
+    }
+    wanted = Wanted(folder, tile, bags, stain, request, job.retry_failed, extract.overwrite_stale)
     rows = run_slides(
-        job,
+        folder,
         files,
-        worker.extract,
-        stage="extract",
-        request=request,
-        shard=extract.shard_of(),
-        retry_failed=extract.retry_failed,
+        _ExtractStage(wanted, encoders, device, extract),
+        config=job,
+        tile_bytes=tile.tile_px**2 * 3,
         quiet=quiet,
     )
-    return Extraction(rows, folder)
+    return Extraction(rows, tuple(bag.folder for bag in bags))
 
 
-@dataclass(frozen=True)
-class _Worker:
-    job: Job
-    folder: Path
-    encoder: Encoder
-    device: str
-    tile: TileConfig
-    config: ExtractConfig
+@dataclass
+class _Slide:
+    """A slide on its way through the encoders."""
 
-    def extract(self, file: SlideFile) -> Row:
-        started = time.monotonic()
-        with Slide(file.path, mpp=file.mpp, fallback_mpp=self.tile.slide_mpp) as slide:
-            slide_fingerprint = file.fingerprint()
-            recipe_hash = self._recipe_hash(slide, file)
-            path = self.folder / f"{file.slide_id}.h5"
-            done = self._done_already(path, recipe_hash, slide_fingerprint)
-            if done is not None:
-                return Row(file.name, file.slide_id, "skipped", "already done", done, time.monotonic() - started)
-            tiled = tile_slide(slide, file, self.job, self.tile, slide_fingerprint=slide_fingerprint)
-            features, valid, reasons = self._features(slide, tiled.tiles)
-        contract = self.encoder.contract
-        bag = Bag(
-            features=stored_features(features, self.config.feature_dtype),
-            coords_level0_px=tiled.tiles.coords_level0_px,
-            valid=valid,
-            qc={"tissue": tiled.tiles.tissue},
-            attributes={
-                **tiled.attributes,
-                "recipe_hash": recipe_hash,
-                "encoder": contract.name,
-                "encoder_sha256": contract.sha256,
-                "encoder_mean": contract.mean,
-                "encoder_std": contract.std,
-                "encoder_mpp": contract.mpp,
-                "wsimil_version": version("wsimil"),
-            },
-        )
-        write_bag(path, bag, replace(tiled.geometry, name=file.slide_id))
-        count = len(features)
-        reason = too_small(tiled) if not count else ""
-        if reasons:
-            reason = f"{len(reasons)} tiles cannot be read and are marked invalid; the first: {next(iter(reasons.values()))}"
-        return Row(file.name, file.slide_id, "done" if count else "empty", reason, count, time.monotonic() - started)
+    file: SlideFile
+    prepared: Prepared
+    features: dict[int, np.ndarray]  # wanted bag → (N, D) float32
+    qc: dict[str, np.ndarray]
+    failures: dict[int, str] = field(default_factory=dict)
+    n_encoded: int = 0
 
-    def _recipe_hash(self, slide: Slide, file: SlideFile) -> str:
-        scale = resolve_scale(slide.known_mpp(), self.tile.mpp, allow_upsampling=self.tile.allow_upsampling)
-        recipe = tile_recipe(self.tile, scale, roi_file(self.tile, file.slide_id))
-        return hash_of(
-            {
-                **recipe,
-                "resampler": RESAMPLER,
-                "encoder": self.encoder.contract.recipe(),
-                "feature_dtype": self.config.feature_dtype,
-            }
-        )
 
-    def _done_already(self, path: Path, recipe_hash: str, slide_fingerprint: str) -> int | None:
-        """Tiles of a bag that is there and right; None where one has to be made.
+class _ExtractStage(Stage):
+    name = "extract"
 
-        Raises:
-            StaleBagError: there is one, of another recipe or slide file, and replacing it was not asked for.
-        """
-        if not path.exists():
-            return None
+    def __init__(self, wanted: Wanted, encoders: Sequence[Encoder], device: str, config: ExtractConfig) -> None:
+        self.request = wanted.request
+        self._wanted, self._encoders, self._device, self._config = wanted, encoders, device, config
+        self._slides: dict[str, _Slide] = {}
+        self._ready: list[SlideFile] = []
+        side = wanted.tile.tile_px
+        # one buffer for all batches: fresh memory would cost more than filling it
+        self._batch = torch.empty((config.batch_size, side, side, 3), dtype=torch.uint8, pin_memory=device.startswith("cuda"))
+        self._in_batch: list[tuple[str, int, int]] = []  # slide id, first row, number of rows
+        self._filled = 0
+
+    def first_call(self, file: SlideFile) -> tuple[str, tuple]:
+        return "wsimil.extraction.pixels:prepare", (file, self._wanted)
+
+    def begin(self, file: SlideFile, value: Prepared) -> Row | Sequence[tuple[str, tuple]]:
+        if value.tiled is None:
+            return Row(file.name, file.slide_id, "skipped", "already done", value.n_tiles)
+        tiles = value.tiled.tiles
+        features = {number: np.zeros((value.n_tiles, self._encoders[number].contract.dim), np.float32) for number in value.missing}
+        self._slides[file.slide_id] = _Slide(file, value, features, {name: scores.copy() for name, scores in tiles.qc.items()})
+        if not value.n_tiles:
+            self._ready.append(file)
+        side = self._wanted.tile.tile_px
+        return [
+            (
+                "wsimil.extraction.pixels:read_pixels",
+                (
+                    file,
+                    self._wanted.tile.slide_mpp,
+                    tiles.coords_level0_px[start:end],
+                    start,
+                    tiles.tile_level0_px,
+                    side,
+                    value.stain,
+                ),
+            )
+            for start, end in sections(tiles.coords_level0_px)
+        ]
+
+    def pixels(self, file: SlideFile, content: TilePixels, memory: np.ndarray) -> int:
+        slide, side = self._slides[file.slide_id], self._wanted.tile.tile_px
+        pixels = torch.from_numpy(memory[: content.count * side * side * 3].reshape(content.count, side, side, 3))
+        slide.failures |= content.failures
+        if len(slide.failures) > MAX_INVALID * slide.prepared.n_tiles:
+            raise SlideUnreadableError(
+                f"{len(slide.failures)} of {slide.prepared.n_tiles} tiles cannot be read, more than {MAX_INVALID:.0%}; "
+                f"one of them: {next(iter(slide.failures.values()))}"
+            )
+        for name, scores in content.qc.items():
+            all_scores = slide.qc.setdefault(name, np.full(slide.prepared.n_tiles, np.nan, np.float32))
+            all_scores[content.first : content.first + content.count] = scores
+        taken = 0
+        while taken < content.count:
+            count = min(content.count - taken, len(self._batch) - self._filled)
+            self._batch[self._filled : self._filled + count] = pixels[taken : taken + count]
+            self._in_batch.append((file.slide_id, content.first + taken, count))
+            self._filled += count
+            taken += count
+            if self._filled == len(self._batch):
+                self.flush()
+        return content.count
+
+    def flush(self) -> None:
+        """Encode what is in the batch and hand the vectors to their slides."""
+        alive = [self._slides[slide_id] for slide_id, _, _ in self._in_batch if slide_id in self._slides]
+        needed = {number for slide in alive for number in slide.features}
+        vectors = {number: self._encode(self._encoders[number]) for number in sorted(needed)}
+        start = 0
+        for slide_id, first, count in self._in_batch:
+            if (slide := self._slides.get(slide_id)) is not None:
+                for number, features in slide.features.items():
+                    features[first : first + count] = vectors[number][start : start + count]
+                slide.n_encoded += count
+                if slide.n_encoded == slide.prepared.n_tiles:
+                    self._ready.append(slide.file)
+            start += count
+        self._in_batch, self._filled = [], 0
+
+    def _encode(self, encoder: Encoder) -> np.ndarray:
         try:
-            header = read_header(path)
-        except BagFormatError:
-            return None  # what a crash or a full disk left: made anew
-        if header.attributes.get("recipe_hash") != recipe_hash:
-            what = "another recipe (scale, tissue, encoder or their settings)"
-        elif header.attributes.get("slide_fingerprint") != slide_fingerprint:
-            what = "another version of the slide file"
-        else:
-            return header.n_tiles
-        if self.config.overwrite_stale:
-            return None
-        raise StaleBagError(f"{path.name} exists and was made from {what}; pass --overwrite-stale to replace it, or another --out")
-
-    def _features(self, slide: Slide, tiles) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        """features (N, D) float32, valid (N,), reasons of the rows that are not."""
-        count = len(tiles.coords_level0_px)
-        features = np.zeros((count, self.encoder.contract.dim), np.float32)
-        valid = np.ones(count, bool)
-        reasons: dict[int, str] = {}
-        batches = read_tiles(
-            slide, tiles, tile_px=self.tile.tile_px, batch_size=self.config.batch_size, workers=self.config.workers
-        )
-        for batch in batches:
-            rows = slice(batch.first, batch.first + len(batch.pixels))
             with torch.inference_mode():
-                pixels = torch.from_numpy(batch.pixels).to(self.device, non_blocking=True)
-                features[rows] = self.encoder(pixels).float().cpu().numpy()
-            if batch.failures:
-                failed = list(batch.failures)
-                features[failed], valid[failed] = 0, False
-                reasons |= batch.failures
-        if not np.isfinite(features).all():
-            row = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
-            raise ValueError(f"encoder {self.encoder.contract.name} gave NaN or infinity for tile {row}; try --dtype fp32")
-        return features, valid, reasons
+                return encoder(self._batch[: self._filled].to(self._device, non_blocking=True)).float().cpu().numpy()
+        except (RuntimeError, MemoryError) as error:
+            raise WsimilError(
+                f"encoder {encoder.contract.name} failed on a batch of {self._filled} tiles: {error}; "
+                "if memory ran out, try a smaller --batch-size"
+            ) from error
+
+    def ready(self) -> list[SlideFile]:
+        ready, self._ready = self._ready, []
+        return ready
+
+    def end(self, file: SlideFile) -> Row:
+        slide = self._slides[file.slide_id]
+        prepared, tiled = slide.prepared, slide.prepared.tiled
+        assert tiled is not None
+        failed = sorted(slide.failures)
+        valid = np.ones(prepared.n_tiles, bool)
+        valid[failed] = False
+        for number, features in slide.features.items():
+            contract = self._encoders[number].contract
+            features[failed] = 0
+            if not np.isfinite(features).all():
+                row = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
+                raise SlideError(f"encoder {contract.name} gave NaN or infinity for tile {row}; try --dtype fp32")
+            bag = Bag(
+                features=stored_features(features, self._config.feature_dtype),
+                coords_level0_px=tiled.tiles.coords_level0_px,
+                valid=valid,
+                qc=slide.qc,
+                attributes={
+                    **tiled.attributes,
+                    **(prepared.stain.attributes() if prepared.stain else {}),
+                    "recipe_hash": prepared.recipe_hashes[number],
+                    "encoder": contract.name,
+                    "encoder_sha256": contract.sha256,
+                    "encoder_mean": contract.mean,
+                    "encoder_std": contract.std,
+                    "encoder_mpp": contract.mpp,
+                    "encoder_source": contract.source or None,
+                    "encoder_revision": contract.revision or None,
+                    "wsimil_version": version("wsimil"),
+                },
+            )
+            write_bag(self._wanted.bags[number].folder / f"{file.slide_id}.h5", bag, replace(tiled.geometry, name=file.slide_id))
+        del self._slides[file.slide_id]
+        reason = "" if prepared.n_tiles else too_small(tiled, self._wanted.tile)
+        if failed:
+            log = self._wanted.job.log(file.slide_id)
+            lines = [f"tile {row} at {tiled.tiles.coords_level0_px[row].tolist()}: {slide.failures[row]}" for row in failed]
+            write_text(log, f"{file.slide_id} ({file.path})\ntiles that cannot be read:\n" + "\n".join(lines) + "\n")
+            reason = (
+                f"{len(failed)} tiles cannot be read and are marked invalid (see logs/{log.name}); "
+                f"the first: {slide.failures[failed[0]]}"
+            )
+        return Row(file.name, file.slide_id, "done" if prepared.n_tiles else "empty", reason, prepared.n_tiles)
+
+    def drop(self, file: SlideFile) -> None:
+        self._slides.pop(file.slide_id, None)
+
+    def remember(self, file: SlideFile, error: SlideError) -> None:
+        slide = self._slides.get(file.slide_id)
+        if slide is not None and slide.prepared.slide_fingerprint:
+            key = failure_key(self._wanted.request, file, slide.prepared.slide_fingerprint)
+            self._wanted.job.remember_failure(file.slide_id, key, str(error))
+
+
+def sections(coords_level0_px: np.ndarray) -> list[tuple[int, int]]:
+    """Rows of tiles, from and to, that one reader takes at a time: whole lines of tiles, about `_SECTION_TILES` of them."""
+    total = len(coords_level0_px)
+    lines = np.flatnonzero(np.diff(coords_level0_px[:, 1], prepend=-1)) if total else np.empty(0, int)  # where each line starts
+    cuts, last = [0], 0
+    for line in lines.tolist():
+        if line - last >= _SECTION_TILES:
+            cuts.append(line)
+            last = line
+    return [(start, end) for start, end in zip(cuts, [*cuts[1:], total], strict=True) if end > start]

@@ -1,32 +1,38 @@
-"""A job folder: where each file of a slide lies, what became of each slide, and a run over many slides.
+"""A job folder: where each file of a slide lies, and the books of its runs.
 
-- One row per slide in `status.csv`, rewritten whole and atomically; rows of slides that are not in this run stay.
+- One row per slide in `status.csv`, rewritten whole and atomically; rows of other runs and of slides that are not in this run stay.
 - A slide that fails is a row with a reason; its traceback is in `logs/<slide_id>.log` when the reason was not foreseen.
 - A slide that failed by its own fault is not tried again while neither it nor the request changes, unless asked.
-- `logs/manifest.jsonl` gains a line per slide and run and is never rewritten.
+- `logs/manifest.jsonl` gains a line per run and per slide and is never rewritten.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import sys
+import os
+import platform
+import secrets
 import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from wsimil.bags.dataset import BagFolder
 from wsimil.errors import SlideError, StaleBagError
-from wsimil.files import atomic_path, hash_of, mark_output, read_json, sweep_temporary_files, write_json, write_text
-from wsimil.progress import progress
+from wsimil.files import atomic_path, folder_lock, hash_of, machine, mark_output, read_json, sweep_temporary_files, write_json
 from wsimil.slides.cohort import SlideFile
 from wsimil.units import nominal_magnification
 
-__all__ = ["Job", "Row", "read_status", "run_slides", "slides_of_job"]
+if TYPE_CHECKING:
+    from wsimil.bags.dataset import BagFolder
 
-STATUSES = ("done", "empty", "failed", "skipped")
+__all__ = ["Books", "Job", "Row", "failure_key", "read_status", "slides_of_job"]
+
+_WRITE_EVERY_S = 2.0
+_PACKAGES = ("wsimil", "torch", "timm", "openslide-python", "openslide-bin", "tifffile", "imagecodecs", "h5py", "numpy")
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,10 @@ class Job:
         return self.folder / "logs" / "failed" / f"{slide_id}.json"
 
     @property
+    def claims(self) -> Path:
+        return self.folder / "claims"
+
+    @property
     def status(self) -> Path:
         return self.folder / "status.csv"
 
@@ -70,18 +80,57 @@ class Job:
     def manifest(self) -> Path:
         return self.folder / "logs" / "manifest.jsonl"
 
+    def remembered_failure(self, slide_id: str, key: str) -> str | None:
+        """Why a slide failed in an earlier run, if neither it nor the request has changed since."""
+        try:
+            memory = read_json(self.failure(slide_id))
+            return str(memory["reason"]) if memory["key"] == key else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def remember_failure(self, slide_id: str, key: str, reason: str) -> None:
+        write_json(self.failure(slide_id), {"key": key, "reason": reason})
+
+    @contextmanager
+    def attempt(self, file: SlideFile, request: Mapping[str, Any], *, retry_failed: bool) -> Iterator[str]:
+        """Yields the slide's fingerprint; a slide that fails inside by its own fault is remembered, and refused the next time.
+
+        Raises:
+            SlideError: it failed before, and neither it nor the request has changed since.
+        """
+        try:
+            slide_fingerprint = file.fingerprint()
+        except OSError:
+            slide_fingerprint = ""  # missing, or not to be read: opening it says so better
+        key = failure_key(request, file, slide_fingerprint)
+        if slide_fingerprint and not retry_failed and (reason := self.remembered_failure(file.slide_id, key)):
+            raise SlideError(f"{reason} (as before; --retry-failed tries again)")
+        try:
+            yield slide_fingerprint
+        except SlideError as error:
+            if slide_fingerprint and not isinstance(error, StaleBagError):
+                self.remember_failure(file.slide_id, key, str(error))
+            raise
+        self.failure(file.slide_id).unlink(missing_ok=True)
+
+
+def failure_key(request: Mapping[str, Any], file: SlideFile, slide_fingerprint: str) -> str:
+    """For which settings and which content a failure is remembered."""
+    return hash_of({"request": request, "mpp": file.mpp, "slide": slide_fingerprint})
+
 
 def read_status(path: Path) -> dict[str, Row]:
-    """Rows of a `status.csv` by slide id; none where there is no file."""
-    if not path.exists():
+    """Rows of a `status.csv` by slide id; none where there is no file, or none that can be read: the next run writes it anew."""
+    try:
+        with open(path, newline="", encoding="utf-8") as handle:
+            return {
+                row["slide_id"]: Row(
+                    row["slide"], row["slide_id"], row["status"], row["reason"], int(row["n_tiles"]), float(row["seconds"])
+                )
+                for row in csv.DictReader(handle)
+            }
+    except (FileNotFoundError, KeyError, TypeError, ValueError, csv.Error):
         return {}
-    with open(path, newline="", encoding="utf-8") as handle:
-        return {
-            row["slide_id"]: Row(
-                row["slide"], row["slide_id"], row["status"], row["reason"], int(row["n_tiles"] or 0), float(row["seconds"] or 0)
-            )
-            for row in csv.DictReader(handle)
-        }
 
 
 def slides_of_job(bags: BagFolder) -> dict[str, Row]:
@@ -89,117 +138,83 @@ def slides_of_job(bags: BagFolder) -> dict[str, Row]:
     return read_status(bags.folder.parent.parent / "status.csv")
 
 
-def _write_status(path: Path, rows: dict[str, Row]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, list(Row.__dataclass_fields__))
-        writer.writeheader()
-        for slide_id in sorted(rows):
-            writer.writerow(asdict(rows[slide_id]) | {"seconds": f"{rows[slide_id].seconds:.2f}"})
-
-
-def run_slides(
-    job: Job,
-    slides: list[SlideFile],
-    work: Callable[[SlideFile], Row],
-    *,
-    stage: str,
-    request: dict,
-    shard: tuple[int, int] = (1, 1),
-    retry_failed: bool = False,
-    quiet: bool = False,
-) -> list[Row]:
-    """Do `work` for every slide of the shard, whatever happens to single slides; rows in the order of the slides.
-
-    Args:
-        work: one slide → its row; raises SlideError where the slide is at fault.
-        stage: what is done, for progress and manifest.
-        request: the settings that results depend on: a failure is remembered for this request and this slide file.
-        shard: (i, n), 1-based; slides of other shards are rows `skipped`.
+class Books:
+    """What one run writes about itself into a job folder: status rows and manifest lines, beside those of other runs.
 
     Raises:
-        KeyboardInterrupt: after the status was written.
+        OSError: the folder cannot be written to.
     """
-    for folder in (job.folder, job.folder / "overviews"):
-        mark_output(folder)
-    for folder in _folders_with_leftovers(job.folder):
-        sweep_temporary_files(folder)
-    statuses = read_status(job.status)
-    rows: list[Row] = []
-    mine = [slide for position, slide in enumerate(slides) if position % shard[1] == shard[0] - 1]
-    mine_ids = {slide.slide_id for slide in mine}
-    for slide in slides:
-        if slide.slide_id not in mine_ids and slide.slide_id not in statuses:
-            statuses[slide.slide_id] = Row(
-                slide.name, slide.slide_id, "skipped", f"another shard's (this is {shard[0]}/{shard[1]})"
-            )
-    last_write = 0.0
-    n_tiles, started = 0, time.monotonic()
-    bar = progress(mine, stage, unit="slide", quiet=quiet)
-    try:
-        for slide in bar:
-            row = _one(job, slide, work, request, retry_failed)
-            rows.append(row)
-            statuses[slide.slide_id] = row
-            _log(job, stage, row)
-            if row.status == "failed" and not quiet:
-                bar.write(f"{slide.slide_id}: failed: {row.reason}", file=sys.stderr)
-            n_tiles += row.n_tiles if row.status == "done" else 0
-            if n_tiles:
-                bar.set_postfix_str(f"{n_tiles / (time.monotonic() - started):.0f} tiles/s", refresh=False)
-            if time.monotonic() - last_write > 2:
-                _write_status(job.status, statuses)
-                last_write = time.monotonic()
-    finally:
-        bar.close()
-        _write_status(job.status, statuses)
-    return rows
+
+    def __init__(self, job: Job, *, stage: str, request: Mapping[str, Any], n_slides: int, shard: tuple[int, int]) -> None:
+        self._job, self._stage = job, stage
+        self._run = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}"
+        self._rows: dict[str, Row] = {}
+        self._last_write = self._started = time.monotonic()
+        for folder in (job.folder, job.folder / "overviews"):
+            mark_output(folder)
+        for folder in {path.parent for path in job.folder.rglob(".*.tmp-*")}:
+            sweep_temporary_files(folder)
+        self._before = read_status(job.status)
+        self._line(
+            "start",
+            {"request": dict(request), "n_slides": n_slides, "shard": f"{shard[0]}/{shard[1]}"}
+            | {"machine": machine(), "pid": os.getpid(), "python": platform.python_version(), "packages": _versions()},
+        )
+
+    def add(self, row: Row) -> None:
+        """A slide of this run is finished."""
+        self._rows[row.slide_id] = row
+        self._line("slide", asdict(row))
+        if time.monotonic() - self._last_write > _WRITE_EVERY_S:
+            self._write()
+
+    def leave_to_others(self, files: list[SlideFile], shard: tuple[int, int]) -> None:
+        """Slides of other shards are rows too, until their own run says more."""
+        for file in files:
+            if file.slide_id not in self._before:
+                reason = f"another shard's (this is {shard[0]}/{shard[1]})"
+                self._rows[file.slide_id] = Row(file.name, file.slide_id, "skipped", reason)
+
+    def remark(self, slide_id: str, text: str) -> None:
+        """Something about a slide that did not keep it from being done."""
+        self._line("remark", {"slide_id": slide_id, "remark": text})
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+        counts = {
+            status: sum(row.status == status for row in self._rows.values()) for status in ("done", "empty", "failed", "skipped")
+        }
+        self._line("end", {"counts": counts, "seconds": round(time.monotonic() - self._started, 2)})
+        self._write()
+
+    def _line(self, event: str, content: dict[str, Any]) -> None:
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "run": self._run, "event": event, "stage": self._stage, **content}
+        with folder_lock(self._job.manifest.parent), open(self._job.manifest, "ab+") as handle:
+            torn = handle.seek(0, os.SEEK_END) and handle.seek(-1, os.SEEK_END) >= 0 and handle.read(1) != b"\n"
+            handle.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")  # a full disk may have cut the last one
+
+    def _write(self) -> None:
+        self._last_write = time.monotonic()
+        with folder_lock(self._job.status.parent / "logs"):
+            rows = read_status(self._job.status)
+            for slide_id, row in self._rows.items():
+                there = rows.get(slide_id)
+                # what another run did meanwhile says more than that there was nothing left to do
+                if row.status == "skipped" and there is not None and there != self._before.get(slide_id):
+                    continue
+                rows[slide_id] = row
+            with atomic_path(self._job.status) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
+                writer = csv.DictWriter(handle, list(Row.__dataclass_fields__))
+                writer.writeheader()
+                for slide_id in sorted(rows):
+                    writer.writerow(asdict(rows[slide_id]) | {"seconds": f"{rows[slide_id].seconds:.2f}"})
 
 
-def _one(job: Job, slide: SlideFile, work: Callable[[SlideFile], Row], request: dict, retry_failed: bool) -> Row:
-    started = time.monotonic()
-
-    def failed(reason: str) -> Row:
-        return Row(slide.name, slide.slide_id, "failed", " ".join(reason.split()), 0, time.monotonic() - started)
-
-    key = ""
-    try:
-        key = hash_of({"request": request, "mpp": slide.mpp, "slide": slide.fingerprint()})
-        if not retry_failed and (reason := _remembered(job, slide.slide_id, key)):
-            return failed(f"{reason} (as before; --retry-failed tries again)")
-    except OSError:
-        pass  # the file is missing or cannot be read: opening it says so better
-    try:
-        row = work(slide)
-        job.failure(slide.slide_id).unlink(missing_ok=True)
-        return row
-    except SlideError as error:
-        if key and not isinstance(error, StaleBagError):
-            write_json(job.failure(slide.slide_id), {"key": key, "reason": str(error)})
-        return failed(str(error))
-    except Exception as error:  # one slide must not end the run, whatever a library throws
-        reason = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
         try:
-            write_text(job.log(slide.slide_id), f"{slide.slide_id} ({slide.path})\n{traceback.format_exc()}")
-            reason += f" (see logs/{slide.slide_id}.log)"
-        except OSError:
-            pass  # a full disk: the row still says what happened
-        return failed(reason)
-
-
-def _remembered(job: Job, slide_id: str, key: str) -> str | None:
-    try:
-        memory = read_json(job.failure(slide_id))
-    except (OSError, ValueError):
-        return None
-    return memory["reason"] if memory.get("key") == key else None
-
-
-def _log(job: Job, stage: str, row: Row) -> None:
-    job.manifest.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "stage": stage, **asdict(row)})
-    with open(job.manifest, "a", encoding="utf-8") as handle:  # one write of one line: safe beside another run
-        handle.write(line + "\n")
-
-
-def _folders_with_leftovers(folder: Path) -> Iterable[Path]:
-    return {path.parent for path in folder.rglob(".*.tmp-*")}
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

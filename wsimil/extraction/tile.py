@@ -6,36 +6,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from wsimil.bags.bag import Geometry, read_patches, write_patches
-from wsimil.config import TileConfig
-from wsimil.errors import BagFormatError, SlideError
-from wsimil.extraction.job import Job, Row, run_slides
+from wsimil.config import JobConfig, TileConfig
+from wsimil.errors import BagFormatError, SlideError, UsageError
+from wsimil.extraction.engine import Stage, run_slides
+from wsimil.extraction.job import Job, Row
 from wsimil.files import atomic_path, file_sha256, hash_of, write_json
 from wsimil.slides.cohort import SlideFile, find_slides
+from wsimil.slides.overview import draw_overview
+from wsimil.slides.polygons import is_of_class, outlines, rasterize, read_rois, sort_rois, to_geojson
 from wsimil.slides.slide import RESAMPLER, Slide
 from wsimil.slides.tiling import Scale, Tiles, resolve_scale, tile_grid
-from wsimil.slides.tissue import (
-    TISSUE_VERSION,
-    TissueMask,
-    draw_overview,
-    find_tissue,
-    outlines,
-    read_rois,
-    roi_mask,
-    tissue_mpp,
-    to_geojson,
-)
+from wsimil.slides.tissue import TISSUE_VERSION, TissueMask, find_tissue, tissue_mpp
+
+if TYPE_CHECKING:
+    from wsimil.extraction.reader import Reading
 
 __all__ = ["TiledSlide", "tile_recipe", "tile_slide", "tile_slides"]
-
-OVERVIEW_PX = 1600
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,7 @@ class TiledSlide:
     tiles: Tiles
     geometry: Geometry
     attributes: dict[str, Any]  # provenance for every file about this slide
+    read_back: bool  # made by an earlier run
 
 
 def roi_file(config: TileConfig, slide_id: str) -> Path | None:
@@ -64,13 +58,20 @@ def roi_file(config: TileConfig, slide_id: str) -> Path | None:
 
 def tile_recipe(config: TileConfig, scale: Scale, roi: Path | None) -> dict[str, Any]:
     """Everything the coordinates depend on, besides the slide file."""
-    return {
+    recipe = {
         **asdict(scale),
         "tile_px": config.tile_px,
         "overlap_px": config.overlap_px,
         "min_tissue": config.min_tissue,
-        "tissue": f"roi:{file_sha256(roi)}" if roi else "none" if config.tissue == "none" else TISSUE_VERSION,
+        "tissue": "none" if config.tissue == "none" else TISSUE_VERSION,
     }
+    if config.tissue == "auto" and not config.pen:
+        recipe["pen"] = False
+    if roi:
+        recipe["roi"] = file_sha256(roi)
+        for key, names in (("roi_include", config.roi_include), ("roi_exclude", config.roi_exclude)):
+            recipe[key] = sorted({name.casefold() for name in names})
+    return recipe
 
 
 def tile_slide(slide: Slide, file: SlideFile, job: Job, config: TileConfig, *, slide_fingerprint: str) -> TiledSlide:
@@ -113,22 +114,23 @@ def tile_slide(slide: Slide, file: SlideFile, job: Job, config: TileConfig, *, s
     }
     path = job.geometry_folder(config.mpp, config.tile_px, config.overlap_px) / "patches" / f"{file.slide_id}_patches.h5"
     recipe_hash = hash_of(recipe)
-    if (tiles := _read_back(path, recipe_hash, slide_fingerprint, tile_level0_px)) is None:
-        tiles = _find_tiles(slide, file, job, config, scale, roi)
-        write_patches(path, tiles.coords_level0_px, tiles.tissue, geometry, {**attributes, "recipe_hash": recipe_hash})
-    return TiledSlide(tiles, geometry, attributes)
+    there = _read_back(path, recipe_hash, slide_fingerprint, tile_level0_px)
+    tiles = there or _find_tiles(slide, file, job, config, scale, roi)
+    if there is None:
+        write_patches(path, tiles.coords_level0_px, tiles.qc, geometry, {**attributes, "recipe_hash": recipe_hash})
+    return TiledSlide(tiles, geometry, attributes, read_back=there is not None)
 
 
 def _read_back(path: Path, recipe_hash: str, slide_fingerprint: str, tile_level0_px: float) -> Tiles | None:
     if not path.exists():
         return None
     try:
-        coords, tissue, attributes = read_patches(path)
+        coords, qc, attributes = read_patches(path)
     except BagFormatError:
         return None
     if (attributes.get("recipe_hash"), attributes.get("slide_fingerprint")) != (recipe_hash, slide_fingerprint):
         return None
-    return Tiles(coords, tissue, tile_level0_px)
+    return Tiles(coords, qc, tile_level0_px)
 
 
 def _find_tiles(slide: Slide, file: SlideFile, job: Job, config: TileConfig, scale: Scale, roi: Path | None) -> Tiles:
@@ -137,45 +139,102 @@ def _find_tiles(slide: Slide, file: SlideFile, job: Job, config: TileConfig, sca
     picture = slide.thumbnail(picture_mpp)
     found = _find_tissue(picture, picture_mpp, slide, config, roi)
     origin = (slide.bounds.x, slide.bounds.y)
-    polygons = [("Tissue", polygon) for polygon in outlines(found.mask, size_level0_px=size)]
-    write_json(job.tissue(file.slide_id), to_geojson(polygons, origin_level0_px=origin))
+    published = job.tissue(file.slide_id)
+    if roi is None or not (published.exists() and published.samefile(roi)):  # what somebody edited in place stays theirs
+        polygons = [
+            (name, polygon)
+            for name, mask in (("Tissue", found.mask), ("Pen", found.pen))
+            for polygon in outlines(mask, size_level0_px=size)
+        ]
+        write_json(published, to_geojson(polygons, origin_level0_px=origin))
     tiles = tile_grid(
         slide.bounds,
         tile_level0_px=config.tile_px * scale.factor,
         step_level0_px=(config.tile_px - config.overlap_px) * scale.factor,
         mask=found.mask,
+        pen=found.pen,
         canvas=size,
         min_tissue=config.min_tissue,
     )
     per_px = (slide.width / picture.shape[1], slide.height / picture.shape[0])
-    boxes = np.column_stack([tiles.coords_level0_px / per_px, np.full((len(tiles.tissue), 2), tiles.tile_level0_px) / per_px])
+    boxes = np.hstack([tiles.coords_level0_px, np.full_like(tiles.coords_level0_px, tiles.tile_level0_px, float)]) / (per_px * 2)
     with atomic_path(job.overview(file.slide_id)) as temporary:
-        overview = Image.fromarray(draw_overview(picture, found, tiles_px=boxes))
-        overview.thumbnail((OVERVIEW_PX, OVERVIEW_PX))
-        overview.save(temporary, quality=85)
+        draw_overview(picture, found, tiles_px=boxes).save(temporary, quality=85)
     return tiles
 
 
 def _find_tissue(picture: np.ndarray, mpp: float, slide: Slide, config: TileConfig, roi: Path | None) -> TissueMask:
-    if roi is None and config.tissue == "auto":
-        return find_tissue(picture, mpp)
-    shape = (picture.shape[0], picture.shape[1])
-    mask = np.ones(shape, bool)
-    if roi is not None:
-        rois = read_rois(roi, origin_level0_px=(slide.bounds.x, slide.bounds.y))
-        mask = roi_mask(rois, size_level0_px=(slide.width, slide.height), shape=shape)
-    return TissueMask(mask=mask, pen=np.zeros(shape, bool), mpp=mpp, has_glass=True)
+    """Tissue as configured: polygons to keep replace it, polygons to exclude are cut out of whatever there is."""
+    size, shape = (slide.width, slide.height), (picture.shape[0], picture.shape[1])
+    try:
+        rois = [] if roi is None else read_rois(roi, origin_level0_px=(slide.bounds.x, slide.bounds.y))
+    except UsageError as error:  # one slide's polygons, not the whole request
+        raise SlideError(str(error)) from error
+    kept, cut = sort_rois(rois, include=config.roi_include, exclude=config.roi_exclude)
+    # a file that only excludes says nothing of the rest; one that is empty says that nothing is left
+    if roi is not None and (kept or config.roi_include or not cut):
+        found = TissueMask(rasterize(kept, size_level0_px=size, shape=shape), np.zeros(shape, bool), mpp, has_glass=True)
+    elif config.tissue == "auto":
+        found = find_tissue(picture, mpp, pen=config.pen)
+    else:
+        found = TissueMask(np.ones(shape, bool), np.zeros(shape, bool), mpp, has_glass=False)
+    inked = [polygon for name, polygon in rois if is_of_class(name, ("pen",))]
+    return replace(
+        found,
+        mask=found.mask & ~rasterize(cut, size_level0_px=size, shape=shape),
+        pen=found.pen | rasterize(inked, size_level0_px=size, shape=shape),
+    )
 
 
-def too_small(tiled: TiledSlide) -> str:
-    """Why a slide has no tile."""
+def too_small(tiled: TiledSlide, config: TileConfig) -> str:
+    """Why a slide has no tile. A slide without polygons of the classes asked for is no fault: a normal slide has no tumour."""
     side = tiled.tiles.tile_level0_px
     if min(tiled.geometry.level0_width, tiled.geometry.level0_height) < side:
         return f"{tiled.geometry.level0_width}×{tiled.geometry.level0_height} px: smaller than one tile of {side:.0f} px"
-    return "no tissue"
+    if (roi := roi_file(config, tiled.geometry.name)) is None:
+        return "no tissue"
+    names = {name for name, _ in read_rois(roi)}
+    if config.roi_include and not any(is_of_class(name, config.roi_include) for name in names):
+        there = ", ".join(sorted(name or "no class" for name in names)) or "none at all"
+        return f"no polygon of class {' or '.join(config.roi_include)} in {roi.name} (there are: {there})"
+    return f"no tile with enough inside the polygons of {roi.name}"
 
 
-def tile_slides(slides: str | Path, out: str | Path, *, config: TileConfig | None = None, quiet: bool = False) -> list[Row]:
+def tile_in_reader(
+    reading: Reading, file: SlideFile, job: Job, config: TileConfig, request: dict[str, Any], retry_failed: bool
+) -> Row:
+    """One slide of `tile_slides`, in a process of its own."""
+    with job.attempt(file, request, retry_failed=retry_failed) as slide_fingerprint:
+        slide = reading.slide(file, config.slide_mpp)
+        tiled = tile_slide(slide, file, job, config, slide_fingerprint=slide_fingerprint)
+    count = len(tiled.tiles.coords_level0_px)
+    if count and tiled.read_back:
+        return Row(file.name, file.slide_id, "skipped", "already done", count)
+    return Row(file.name, file.slide_id, "done" if count else "empty", "" if count else too_small(tiled, config), count)
+
+
+class _TileStage(Stage):
+    name = "tile"
+
+    def __init__(self, job: Job, config: TileConfig, retry_failed: bool) -> None:
+        self.request = {"tile": asdict(config)}
+        self._arguments = job, config, self.request, retry_failed
+
+    def first_call(self, file: SlideFile) -> tuple[str, tuple]:
+        return "wsimil.extraction.tile:tile_in_reader", (file, *self._arguments)
+
+    def begin(self, file: SlideFile, value: Row) -> Row:
+        return value
+
+
+def tile_slides(
+    slides: str | Path,
+    out: str | Path,
+    *,
+    config: TileConfig | None = None,
+    job: JobConfig | None = None,
+    quiet: bool = False,
+) -> list[Row]:
     """Tile every slide: coordinates, tissue polygons and an overview picture each.
 
     Args:
@@ -184,14 +243,10 @@ def tile_slides(slides: str | Path, out: str | Path, *, config: TileConfig | Non
 
     Returns:
         A row per slide, as in `status.csv`.
+
+    Raises:
+        UsageError: no slide, or two slides of one id.
     """
-    config = config or TileConfig()
-    job = Job(Path(out))
-
-    def work(file: SlideFile) -> Row:
-        with Slide(file.path, mpp=file.mpp, fallback_mpp=config.slide_mpp) as slide:
-            tiled = tile_slide(slide, file, job, config, slide_fingerprint=file.fingerprint())
-        count = len(tiled.tiles.coords_level0_px)
-        return Row(file.name, file.slide_id, "done" if count else "empty", "" if count else too_small(tiled), count)
-
-    return run_slides(job, find_slides(slides), work, stage="tile", request={"tile": asdict(config)}, quiet=quiet)
+    config, job = config or TileConfig(), job or JobConfig()
+    folder = Job(Path(out))
+    return run_slides(folder, find_slides(slides), _TileStage(folder, config, job.retry_failed), config=job, quiet=quiet)

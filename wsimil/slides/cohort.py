@@ -5,19 +5,22 @@
 - A DICOM series is one slide, whatever the number of its files; companions of multi-file slides are not slides.
 - Links to folders are followed, each folder once; a link to a folder that is below the given one anyway is passed over.
 - What cannot be listed or opened is a slide too: it ends as a failed row with a reason, not in silence.
+- Only regular files are looked into: reading from a pipe that bears a slide's name would wait for ever.
 """
 
 from __future__ import annotations
 
-import csv
 import os
 import re
+import stat
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from wsimil.config import nearest
 from wsimil.errors import UsageError
 from wsimil.files import OUTPUT_MARK, SLIDE_SUFFIXES, fingerprint, slide_id_from_path, strip_suffix
+from wsimil.table import Cells, read_cells
 
 __all__ = ["SlideFile", "find_slides"]
 
@@ -37,9 +40,11 @@ class SlideFile:
 
 
 def find_slides(slides: str | Path) -> list[SlideFile]:
-    """All slides below a folder (recursively), a single slide, or those of a CSV (`slide`, optional `slide_id`, `mpp`).
+    """All slides below a folder (recursively), a single slide, or those of a table (`slide`, optional `slide_id`, `mpp`).
 
-    Paths in a CSV are relative to its folder. Hidden files and folders are passed over.
+    A table is a .csv or .tsv, separated by commas, semicolons or tabs; paths in it are relative to its folder. Tables made
+    for TRIDENT and AtlasPatch (`wsi`) and for hs2p (`image_path`, `sample_id`, `spacing_at_level_0`) are read as they are.
+    Hidden files and folders are passed over.
 
     Raises:
         UsageError: nothing there, an unusable table, or two slides of one id.
@@ -49,7 +54,7 @@ def find_slides(slides: str | Path) -> list[SlideFile]:
         found = _in_folder(slides)
     elif not os.path.isfile(slides):
         raise UsageError(f"{slides}: no such folder, slide or table")
-    elif slides.suffix.lower() == ".csv":
+    elif slides.suffix.lower() in (".csv", ".tsv"):
         found = _in_table(slides)
     else:
         found = [_slide_file(slides, PurePosixPath(slides.name))]
@@ -118,22 +123,23 @@ def _linked_inside(folder: str, name: str, real_root: str) -> bool:
     return os.path.islink(path) and os.path.join(os.path.realpath(path), "").startswith(os.path.join(real_root, ""))
 
 
+_OTHER_TABLES = {
+    "wsi": {"slide_id": "slide_id", "mpp": "mpp"},
+    "image_path": {"slide_id": "sample_id", "mpp": "spacing_at_level_0"},
+}
+"""Where other people's tables have the slide: their column → their names of our other columns. Ours win over theirs."""
+
+
 def _in_table(table: Path) -> list[SlideFile]:
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as handle:
-            reader = csv.DictReader(handle, skipinitialspace=True)
-            columns = [column.strip() for column in reader.fieldnames or []]
-            reader.fieldnames = columns
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{table}: cannot be read as a CSV in UTF-8: {error}") from error
-    if "slide" not in columns:
-        raise UsageError(f"{table}: no column `slide`, separated by commas (columns: {', '.join(columns)})")
+    cells = read_cells(table, UsageError)
+    slide = next((column for column in ("slide", *_OTHER_TABLES) if column in cells.columns), None)
+    if slide is None:
+        raise UsageError(f"{table}: no column `slide`{nearest('slide', cells.columns)} (columns: {', '.join(cells.columns)})")
+    theirs = _OTHER_TABLES.get(slide, {})
     found = []
-    for line, row in rows:
-        entry, slide_id, mpp = ((row.get(column) or "").strip() for column in ("slide", "slide_id", "mpp"))
-        if not any(isinstance(value, str) and value.strip() for value in row.values()):
-            continue  # spreadsheets leave lines of commas
+    for line, row in cells.rows.items():
+        entry = row[slide]
+        slide_id, mpp = (row.get(column) or row.get(theirs.get(column, column), "") for column in ("slide_id", "mpp"))
         if not entry:
             raise UsageError(f"{table}, line {line}: the slide is empty")
         if slide_id and (slide_id.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f]", slide_id)):
@@ -142,15 +148,17 @@ def _in_table(table: Path) -> list[SlideFile]:
         name = Path(entry).name if Path(entry).is_absolute() or ".." in Path(entry).parts else Path(entry).as_posix()
         named = _slide_file(path, PurePosixPath(name))
         path = min(_dicom_files(path), default=path)  # a folder is a DICOM series
-        found.append(SlideFile(path, slide_id or named.slide_id, _printable(entry), _number(mpp, table, line)))
+        found.append(SlideFile(path, slide_id or named.slide_id, _printable(entry), _number(mpp, cells, f"{table}, line {line}")))
     return found
 
 
-def _number(text: str, table: Path, line: int) -> float | None:
+def _number(text: str, cells: Cells, where: str) -> float | None:
+    if cells.separator != ",":
+        text = re.sub(r"^(\d*),(\d+)$", r"\1.\2", text)  # as spreadsheets write it in much of the world
     try:
         return float(text) if text else None
     except ValueError:
-        raise UsageError(f"{table}, line {line}: mpp is {text!r}; expected µm/px as a number") from None
+        raise UsageError(f"{where}: mpp is {text!r}; expected µm/px as a number") from None
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -165,12 +173,21 @@ def _files_of(path: Path) -> list[Path]:
     return [path]
 
 
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
 def _is_vms(name: str) -> bool:
     return name.lower().endswith((".vms", ".vmu"))
 
 
 def _parts_of_vms(path: Path, names: list[str]) -> list[str]:
     """Those of the names that Hamamatsu's index mentions: its tiles are JPEG files beside it."""
+    if not _is_regular(path):
+        return []
     try:
         index = path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
@@ -200,6 +217,8 @@ def _series_uid(path: Path) -> str | None:
 
     Not through OpenSlide: that looks into every file of the folder for each file that it opens.
     """
+    if not _is_regular(path):
+        return None
     try:
         with open(path, "rb") as file:
             head = file.read(1 << 18)

@@ -1,7 +1,8 @@
 """How pixels come out of a file: OpenSlide for slides, Pillow for plain images.
 
 - Which reader opens a file follows from its suffix and content, never from what failed before; it is recorded in the bag.
-- A reader gives RGB on white: what the scanner did not fill is glass.
+- A reader gives RGB on white: what the scanner did not fill is glass. But a block that is missing from a file whose writer stores
+  every block is lost, and an error. Plain TIFFs are believed to have left it out if a coarser level is white or empty there.
 - After a failed read OpenSlide's handle is spoiled for good, and with it the reads of other threads: a read that fails is tried
   once more on a handle of its own. So what can be read does not depend on its neighbours.
 - OME's PhysicalSize is believed before the TIFF resolution, which many writers leave at 72 dots per inch.
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import cv2
 import numpy as np
 import openslide
 from PIL import Image, UnidentifiedImageError
@@ -23,7 +26,14 @@ from PIL import Image, UnidentifiedImageError
 from wsimil.errors import SlideReadError, SlideUnreadableError
 from wsimil.files import IMAGE_SUFFIXES
 
-__all__ = ["Reader", "open_reader"]
+__all__ = ["Reader", "level_downsample", "open_reader"]
+
+
+_STORE_EVERY_BLOCK = ("openslide:aperio", "openslide:generic-tiff", "openslide:trestle")
+"""The other kinds rightly leave out what was not scanned."""
+
+_GLASS, _UNFILLED = 220, 16
+"""A pixel shows something if its darkest channel is below the one and its lightest above the other."""
 
 
 class Reader(Protocol):
@@ -34,9 +44,13 @@ class Reader(Protocol):
     mpp_key: str | None  # where it states it
     bounds: tuple[int, int, int, int] | None  # x, y, width, height of the scanned part, level-0 px
     level_dimensions: tuple[tuple[int, int], ...]  # (width, height)
+    level_origins: tuple[tuple[float, float], ...]  # where pixel (0, 0) of each level lies, x, y in level-0 px
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        """uint8 (height, width, 3) at a position in pixels of that level; white outside. Raises SlideReadError."""
+    def read(self, level: int, x: int, y: int, width: int, height: int, *, patch: bool = False) -> np.ndarray:
+        """uint8 (height, width, 3) at a position in pixels of that level; white outside. Raises SlideReadError.
+
+        With `patch`, a block that the file lacks is no error but filled from another level or its surroundings: for overviews.
+        """
         ...
 
     def close(self) -> None: ...
@@ -49,6 +63,9 @@ def open_reader(path: Path) -> Reader:
         SlideUnreadableError: nothing opens it; the message says why.
     """
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe would wait for whoever writes into it
+            raise SlideUnreadableError("not a regular file (a pipe?)")
         with open(path, "rb") as file:
             empty = not file.read(1)
     except FileNotFoundError as error:
@@ -85,14 +102,29 @@ class OpenSlideReader:
         self.bounds = _stated_bounds(properties)
         self.level_dimensions = tuple(self._slide.level_dimensions)
         self._downsamples = self._slide.level_downsamples
+        self._offsets, self.level_origins = self._placement()
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        downsample = self._downsamples[level]  # OpenSlide's own, by which it finds the pixel of the level again
-        # fractions of a level's pixel are blended, so the nearest; but for Leica they are cut off
-        whole = math.ceil if self.kind == "openslide:leica" else round
-        origin = (whole(x * downsample), whole(y * downsample))
+    def read(self, level: int, x: int, y: int, width: int, height: int, *, patch: bool = False) -> np.ndarray:
+        region = self._region(level, x, y, width, height)
+        pixels, alpha = region.convert("RGB"), region.getchannel("A")
+        if alpha.getextrema() == (255, 255):
+            return np.asarray(pixels)
+        # at the rim a pixel may be half covered: it is scanned or it is not, and takes no white
+        clear = np.asarray(alpha) < 128
+        on_white = np.array(pixels)
+        on_white[clear] = 255
+        if self.kind in _STORE_EVERY_BLOCK:
+            lost = self._mend(on_white, clear, level, x, y)
+            if lost.any() and not patch:
+                row, column = np.argwhere(lost)[0].tolist()
+                at = self._level0(level, x + column, y + row)
+                raise SlideReadError(f"at ({at[0]}, {at[1]}), level {level}: the block is missing in the file")
+        return on_white
+
+    def _region(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
+        origin = self._level0(level, x, y)
         try:
-            region = self._slide.read_region(origin, level, (width, height))
+            return self._slide.read_region(origin, level, (width, height))
         except openslide.OpenSlideError:
             try:
                 fresh = openslide.OpenSlide(self._path)
@@ -103,12 +135,83 @@ class OpenSlideReader:
             except openslide.OpenSlideError as error:
                 raise SlideReadError(f"{width}×{height} px at ({origin[0]}, {origin[1]}), level {level}: {error}") from error
             self._slide = fresh  # the old handle is not closed: a neighbour may still be in it; it goes with its last user
-        if (alpha := region.getchannel("A")).getextrema() == (255, 255):
-            return np.asarray(region.convert("RGB"))
-        # at the rim a pixel may be half covered: it is scanned or it is not, and takes no white
-        white = Image.new("RGB", region.size, "white")
-        white.paste(region.convert("RGB"), mask=alpha.point([0] * 128 + [255] * 128))
-        return np.asarray(white)
+            return region
+
+    def _level0(self, level: int, x: int, y: int) -> tuple[int, int]:
+        """Where OpenSlide must be asked for a pixel of a level."""
+        downsample = self._downsamples[level]  # OpenSlide's own, by which it finds the pixel of the level again
+        if self.kind != "openslide:leica":  # fractions of a level's pixel are blended, so the nearest
+            return round(x * downsample), round(y * downsample)
+        # for Leica the distance from the scanned area is cut off, on either side of it towards the area
+        origin = [
+            (math.ceil if at >= offset else math.floor)(at * downsample)
+            for at, offset in zip((x, y), self._offsets[level], strict=True)
+        ]
+        return origin[0], origin[1]
+
+    def _placement(self) -> tuple[list[tuple[int, int]], tuple[tuple[float, float], ...]]:
+        """Where the scanned area begins in each level (px of the level), and so each level's `level_origins`.
+
+        OpenSlide lets Leica's area begin on a whole pixel of every level, cutting fractions off: each level lies elsewhere.
+        """
+        x, y = self.bounds[:2] if self.bounds and self.kind == "openslide:leica" else (0, 0)
+        full_width, full_height = self.level_dimensions[0]
+        offsets, origins = [], []
+        for width, height in self.level_dimensions:
+            per_x, per_y = level_downsample(full_width, width), level_downsample(full_height, height)
+            offsets.append((int(x / per_x), int(y / per_y)))
+            origins.append((x - int(x / per_x) * per_x, y - int(y / per_y) * per_y))
+        return offsets, tuple(origins)
+
+    def _mend(self, pixels: np.ndarray, clear: np.ndarray, level: int, x: int, y: int) -> np.ndarray:
+        """Which pixels (h, w) are clear because the file lacks their block; `pixels` there are mended as well as can be."""
+        width, height = self.level_dimensions[level]
+        lost = np.zeros_like(clear)
+        if self.kind == "openslide:aperio":  # its writers leave nothing out; OpenSlide clears the place in the coarser levels too
+            rim = min(level, 1)  # of a coarser level the outermost pixels can be half covered
+            inside = np.s_[max(0, rim - y) : max(0, height - rim - y), max(0, rim - x) : max(0, width - rim - x)]
+            lost[inside] = clear[inside]
+            if lost.any() and not clear.all():
+                pixels[lost] = _nearest(pixels, ~clear)[lost]
+            return lost
+        across, down = self._block_px(level)
+        rows, columns = clear.shape
+        for top in range(max(0, y) // down * down, min(height, y + rows), down):
+            for left in range(max(0, x) // across * across, min(width, x + columns), across):
+                right, bottom = min(left + across, width), min(top + down, height)
+                here = np.s_[max(0, top - y) : max(0, bottom - y), max(0, left - x) : max(0, right - x)]
+                # pixels at a rim or beside a gap can be half covered: the middle of the block tells
+                if not clear[here].any() or not self._is_clear(level, (left + right) // 2, (top + bottom) // 2):
+                    continue
+                if (seen := self._seen_elsewhere(level, left, top, right, bottom)) is not None:
+                    block = cv2.resize(seen, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
+                    block = block[max(0, y - top) : y + rows - top, max(0, x - left) : x + columns - left]
+                    lost[here] = clear[here]
+                    pixels[here][clear[here]] = block[clear[here]]
+        return lost
+
+    def _is_clear(self, level: int, x: int, y: int) -> bool:
+        return np.asarray(self._region(level, x, y, 1, 1))[0, 0, 3] < 128
+
+    def _seen_elsewhere(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray | None:
+        """What the nearest level that has a place shows there, coarser ones first; None if that is nothing."""
+        for other in [*range(level + 1, len(self.level_dimensions)), *([level - 1] if level else [])]:
+            ratio = self._downsamples[level] / self._downsamples[other]
+            # a pixel of margin: the neighbours' colour runs into the rim
+            x0, x1 = _inner(left * ratio, right * ratio)
+            y0, y1 = _inner(top * ratio, bottom * ratio)
+            region = np.asarray(self._region(other, x0, y0, x1 - x0, y1 - y0))
+            colors, there = region[..., :3], region[..., 3] >= 128
+            if there.any():
+                # black is what writers leave where they had nothing
+                something = (colors.min(2) < _GLASS) & (colors.max(2) > _UNFILLED)
+                return np.ascontiguousarray(colors) if something[there].mean() > 0.01 else None
+        return None
+
+    def _block_px(self, level: int) -> tuple[int, int]:
+        stated = [self._slide.properties.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height")]
+        width, height = (int(text or size) for text, size in zip(stated, self.level_dimensions[level], strict=True))
+        return width, height
 
     def close(self) -> None:
         self._slide.close()
@@ -147,8 +250,9 @@ class ImageReader:
             except Exception as error:
                 raise SlideUnreadableError(f"the image breaks off or is damaged: {error}") from error
         self.level_dimensions = ((self._pixels.shape[1], self._pixels.shape[0]),)
+        self.level_origins = ((0.0, 0.0),)
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+    def read(self, level: int, x: int, y: int, width: int, height: int, *, patch: bool = False) -> np.ndarray:
         inside = self._pixels[max(0, y) : max(0, y + height), max(0, x) : max(0, x + width)]
         if inside.shape[:2] == (height, width):
             return inside
@@ -159,6 +263,12 @@ class ImageReader:
 
     def close(self) -> None:
         pass
+
+
+def level_downsample(full_px: int, level_px: int) -> float:
+    """How many times smaller a level is: a whole number where that is true but for the odd last pixel."""
+    whole = round(full_px / level_px)
+    return float(whole) if abs(full_px / whole - level_px) < 1 else full_px / level_px
 
 
 def _on_white(image: Image.Image) -> np.ndarray:
@@ -191,6 +301,22 @@ def _mean_mpp(x: float | None, y: float | None, name: str) -> float | None:
     if x and y and abs(x / y - 1) > 0.01:
         warnings.warn(f"{name}: pixels are not square, {x:g} by {y:g} µm; their mean is used", stacklevel=2)
     return (x + y) / 2 if x and y else x or y
+
+
+def _nearest(pixels: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Every pixel's nearest known one."""
+    _, labels = cv2.distanceTransformWithLabels((~known).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    nearest = labels.astype(np.intp)  # number of the nearest known pixel
+    colors = np.zeros((nearest.max() + 1, 3), np.uint8)
+    colors[nearest[known]] = pixels[known]
+    return colors[nearest]
+
+
+def _inner(low: float, high: float) -> tuple[int, int]:
+    """Whole pixels well inside an interval, at least one."""
+    first, last = math.ceil(low) + 1, math.floor(high) - 1
+    middle = int((low + high) / 2)
+    return (first, last) if last > first else (middle, middle + 1)
 
 
 def _stated_bounds(properties: Mapping[str, str]) -> tuple[int, int, int, int] | None:

@@ -14,13 +14,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from wsimil.errors import SlideScaleUnknownError, SlideUnreadableError
-from wsimil.slides.readers import open_reader
+from wsimil.slides.readers import level_downsample, open_reader
 from wsimil.slides.tiling import Rect
 
 __all__ = ["RESAMPLER", "Slide"]
@@ -39,6 +40,7 @@ class Slide:
         path: file (for a multi-file slide, the one that OpenSlide opens).
         mpp: µm/px from a slide table: beats the file's.
         fallback_mpp: µm/px for a file that states none.
+        on_read: called after every read from the file, failed ones too, by the thread that read: a sign of life.
 
     Attributes:
         width, height: level-0 pixels.
@@ -50,8 +52,16 @@ class Slide:
         SlideUnreadableError: nothing opens the file.
     """
 
-    def __init__(self, path: str | Path, *, mpp: float | None = None, fallback_mpp: float | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        mpp: float | None = None,
+        fallback_mpp: float | None = None,
+        on_read: Callable[[], None] | None = None,
+    ) -> None:
         self.path = Path(path)
+        self._on_read = on_read
         self._reader = open_reader(self.path)
         self.width, self.height = self._reader.level_dimensions[0]
         if self.width < 1 or self.height < 1:
@@ -64,7 +74,8 @@ class Slide:
             self.mpp, self.mpp_source = fallback_mpp, "option"
         self.bounds = _inside(Rect(0, 0, self.width, self.height), self._reader.bounds)
         self._downsamples = [
-            (_downsample(self.width, width), _downsample(self.height, height)) for width, height in self._reader.level_dimensions
+            (level_downsample(self.width, width), level_downsample(self.height, height))
+            for width, height in self._reader.level_dimensions
         ]
 
     def known_mpp(self) -> float:
@@ -79,21 +90,26 @@ class Slide:
         """A box of level-0 pixels resampled to `size_px` (width, height): uint8 (height, width, 3), white outside.
 
         Raises:
-            SlideReadError: the file breaks there.
+            SlideReadError: the file breaks there, or lacks the place.
         """
+        return self._box(x, y, width, height, size_px=size_px, patch=False)
+
+    def _box(self, x: float, y: float, width: float, height: float, *, size_px: tuple[int, int], patch: bool) -> np.ndarray:
         level, (per_x, per_y) = self._level_for(min(width / size_px[0], height / size_px[1]))
-        left, right, top, bottom = x / per_x, (x + width) / per_x, y / per_y, (y + height) / per_y
+        origin_x, origin_y = self._reader.level_origins[level]
+        left, right = (x - origin_x) / per_x, (x + width - origin_x) / per_x
+        top, bottom = (y - origin_y) / per_y, (y + height - origin_y) / per_y
         factors = (right - left) / size_px[0], (bottom - top) / size_px[1]
         whole = max(1, round(factors[0]))
         if all(abs(factor - whole) * side < 1e-3 for factor, side in zip(factors, size_px, strict=True)):
             x0, y0 = math.floor(left + 0.5), math.floor(top + 0.5)
-            pixels = self._read_level(level, x0, y0, x0 + whole * size_px[0], y0 + whole * size_px[1])
+            pixels = self._read_level(level, x0, y0, x0 + whole * size_px[0], y0 + whole * size_px[1], patch)
             return pixels if whole == 1 else np.asarray(Image.fromarray(pixels).reduce(whole))
         # the filter reaches beyond the box: with its surroundings, a tile is what the same place is in any larger read
         margin = math.ceil(max(factors) / 2) + 1
         x0, x1 = _widened(left, right, margin, self.width / per_x)
         y0, y1 = _widened(top, bottom, margin, self.height / per_y)
-        image = Image.fromarray(self._read_level(level, x0, y0, x1, y1))
+        image = Image.fromarray(self._read_level(level, x0, y0, x1, y1, patch))
         method = Image.Resampling.HAMMING if min(factors) >= 1 else Image.Resampling.BILINEAR
         box = (max(left, x0) - x0, max(top, y0) - y0, min(right, x1) - x0, min(bottom, y1) - y0)
         return np.asarray(image.resize(size_px, method, box=box))
@@ -108,7 +124,11 @@ class Slide:
         return self.overview((max(1, round(self.width / factor)), max(1, round(self.height / factor))))
 
     def overview(self, size_px: tuple[int, int]) -> np.ndarray:
-        """The whole canvas resampled to `size_px` (width, height): uint8 (height, width, 3)."""
+        """The whole canvas resampled to `size_px` (width, height): uint8 (height, width, 3).
+
+        A block that the file lacks is filled from another level or its surroundings: so tiles there are tried, fail and are
+        counted, where white would make them glass.
+        """
         columns, rows = size_px
         per_column, per_row = self.width / columns, self.height / rows
         _, per_level = self._level_for(min(per_column, per_row))
@@ -119,8 +139,8 @@ class Slide:
         for row in range(0, rows, block):
             for column in range(0, columns, block):
                 w, h = min(block, columns - column), min(block, rows - row)
-                canvas[row : row + h, column : column + w] = self.read_box(
-                    column * per_column, row * per_row, w * per_column, h * per_row, size_px=(w, h)
+                canvas[row : row + h, column : column + w] = self._box(
+                    column * per_column, row * per_row, w * per_column, h * per_row, size_px=(w, h), patch=True
                 )
         return canvas
 
@@ -139,9 +159,13 @@ class Slide:
         level = max(fine_enough, key=lambda level: self._downsamples[level], default=0)
         return level, self._downsamples[level]
 
-    def _read_level(self, level: int, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+    def _read_level(self, level: int, x0: int, y0: int, x1: int, y1: int, patch: bool) -> np.ndarray:
         """Pixels of a level; the odd last one that the scanner dropped is as its neighbour."""
-        pixels = self._reader.read(level, x0, y0, x1 - x0, y1 - y0)
+        try:
+            pixels = self._reader.read(level, x0, y0, x1 - x0, y1 - y0, patch=patch)
+        finally:
+            if self._on_read is not None:
+                self._on_read()
         width, height = self._reader.level_dimensions[level]
         if x0 < width < x1 and self.width > width * self._downsamples[level][0]:
             pixels = pixels.copy()
@@ -150,11 +174,6 @@ class Slide:
             pixels = pixels.copy()
             pixels[height - y0] = pixels[height - y0 - 1]
         return pixels
-
-
-def _downsample(full_px: int, level_px: int) -> float:
-    whole = round(full_px / level_px)
-    return float(whole) if abs(full_px / whole - level_px) < 1 else full_px / level_px
 
 
 def _widened(low: float, high: float, margin: int, end: float) -> tuple[int, int]:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +70,7 @@ class Tiles:
     """The tiles of a slide, row by row."""
 
     coords_level0_px: np.ndarray  # (N, 2) int64, x, y of the top-left corner
-    tissue: np.ndarray  # (N,) float32, share of tissue in each tile
+    qc: Mapping[str, np.ndarray]  # (N,) float32 each: `tissue` and `pen`, their shares of a tile's area
     tile_level0_px: float
 
 
@@ -79,6 +80,7 @@ def tile_grid(
     tile_level0_px: float,
     step_level0_px: float,
     mask: np.ndarray | None = None,
+    pen: np.ndarray | None = None,
     canvas: tuple[int, int] | None = None,
     min_tissue: float = 0.5,
 ) -> Tiles:
@@ -89,7 +91,8 @@ def tile_grid(
         tile_level0_px: side of a tile, may be fractional.
         step_level0_px: distance of neighbouring tiles, may be fractional; equal to the side without overlap.
         mask: (h, w) bool, tissue over the whole canvas; None takes every tile.
-        canvas: (width, height) in level-0 pixels that the mask covers.
+        pen: (h, w) bool, ink over the whole canvas; None: nowhere. It decides nothing here, its share is noted.
+        canvas: (width, height) in level-0 pixels that the masks cover.
         min_tissue: 0 to 1.
     """
     if tile_level0_px <= 0 or step_level0_px <= 0:
@@ -97,12 +100,11 @@ def tile_grid(
     xs = _origins(extent.x, extent.width, tile_level0_px, step_level0_px)
     ys = _origins(extent.y, extent.height, tile_level0_px, step_level0_px)
     coords = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)  # (N, 2), rows of y, x fastest
-    if mask is None:
-        return Tiles(coords, np.ones(len(coords), np.float32), tile_level0_px)
-    width, height = canvas or (extent.x + extent.width, extent.y + extent.height)
-    tissue = _covered(mask, xs, ys, tile_level0_px, width, height)
-    keep = tissue >= min_tissue - 1e-6
-    return Tiles(coords[keep], tissue[keep], tile_level0_px)
+    size = canvas or (extent.x + extent.width, extent.y + extent.height)
+    tissue = np.ones(len(coords), np.float32) if mask is None else _covered(mask, xs, ys, tile_level0_px, *size)
+    inked = np.zeros(len(coords), np.float32) if pen is None else _covered(pen, xs, ys, tile_level0_px, *size)
+    keep = np.ones(len(coords), bool) if mask is None else tissue >= min_tissue - 1e-6
+    return Tiles(coords[keep], {"tissue": tissue[keep], "pen": inked[keep]}, tile_level0_px)
 
 
 def _origins(start: int, length: int, tile: float, step: float) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Where the tissue is: from a small picture of the slide to a mask, and between masks and QuPath's polygons.
+"""Where the tissue is: from a small picture of the slide to a mask of tissue and one of pen.
 
 - The picture's µm/px follows from the slide's physical size alone, never from its pyramid or from free memory.
 - Glass is found first: flat, nearly colourless, in a patch too large for a lumen. A field without glass is all tissue.
 - Absorbance is measured against the slide's own glass, so grey or yellow glass and any stain are treated alike. Colour
-  counts for more than darkness: dust, bubbles, shading and coverslip edges are grey; stained tissue is not.
+  counts for more than darkness: dust, bubbles, shading and coverslip edges are grey as a whole; stained tissue is not.
 - Two thresholds: whatever is stained a little is tissue if it hangs together with something stained more than Otsu's
   threshold of all that is not glass. Pale stroma, fat and pale IHC stay; faint smears and dust go.
 - Pen is told by the ratios of its absorbances, which thickness does not change, and by the width of a stroke. It has a
@@ -13,36 +13,14 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import uuid
-import zlib
-from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
-import shapely
 
-from wsimil.errors import UsageError
+__all__ = ["TISSUE_VERSION", "TissueMask", "find_tissue", "tissue_mpp"]
 
-__all__ = [
-    "ROI_EXCLUDE",
-    "TISSUE_VERSION",
-    "TissueMask",
-    "draw_overview",
-    "find_tissue",
-    "outlines",
-    "rasterize",
-    "read_rois",
-    "roi_mask",
-    "tissue_mpp",
-    "to_geojson",
-]
-
-TISSUE_VERSION = "auto-1"
+TISSUE_VERSION = "auto-2"
 """Part of the recipe of a bag: count it up with any change that changes a mask."""
 
 TISSUE_MPP = (8.0, 4.0, 2.0)
@@ -59,8 +37,8 @@ PEN_MM2 = 0.03
 """Smallest pen mark: a felt tip's dot is .3 mm across or more; margin ink on the tissue itself is thinner."""
 BLUR_UM = 8.0
 """Everything is judged on cell-sized averages, whatever the µm/px: single nuclei and JPEG noise decide nothing."""
-TEXTURE_UM = 40.0
-"""Window in which flatness is measured."""
+WINDOW_UM = 40.0
+"""Window in which flatness is measured, and the colour of a piece as a whole."""
 NECK_UM = 16.0
 """Clear patches joined by a neck thinner than twice this are separate: lumens that cracks connect do not make glass."""
 CLOSE_UM = 40.0
@@ -75,25 +53,25 @@ PEN_RIM_UM = 60.0
 # Absorbance: -log10 of transmitted light, averaged over BLUR_UM. Real glass varies by .005; pale stroma has .1.
 DARKNESS_WEIGHT = 0.3
 """Stain: spread between channels + this times their mean. A grey speck (.1, .1, .1) is nearly glass, pale pink not."""
-STAINED = 0.03
+STAINED = 0.02
 """Stain that is more than glass shows."""
-SURELY_STAINED = (0.05, 0.10)
+SURELY_STAINED = (0.035, 0.10)
 """Otsu's threshold stays inside this: dust cannot put it into the noise, nor dark nuclei put it above stroma."""
 FLAT, FLAT_RELATIVE = 0.005, 0.05
 """Flat: standard deviation in a window below .005 + this share of the absorbance (shading grows with darkness)."""
-GREY, GREY_RELATIVE = 0.02, 0.15
-"""Grey: spread between channels below .02 + this share of the absorbance. Stains have a share of .4 and more."""
+GREY, GREY_RELATIVE = 0.012, 0.15
+"""Grey: spread between channels below .012 + this share of the absorbance. Stains have a share of .4 and more."""
+COLOURED = 0.25
+"""Spread between channels as a share of absorbance, over a whole piece: so many pixels need no allowance for noise."""
 GREY_TISSUE = 0.3
 """Silver stains are dark grey; grey paler than this is dirt or a shadow, unless it hangs together with stain."""
+GREY_TISSUE_UM = 60.0
+"""Half the width that dark grey tissue has somewhere; bubbles, hairs and the coverslip's edge are thin, dust is small."""
+OFF_GLASS_RELATIVE = 0.35
+"""What lies beside the glass is flat, may be less grey than GREY_RELATIVE and takes up a whole side of the picture."""
 DARK = 0.5
 """Flat patches that are grey and darker than this are padding, the edge of the slide or black pen; not glass."""
 
-ROI_EXCLUDE = ("exclude", "ignore", "artefact", "artifact", "pen")
-"""Regions of these classes are cut out, whatever their letter case and QuPath's trailing *. All others are kept."""
-
-_COLORS = {"Tissue": (0, 160, 0), "Pen": (200, 0, 200)}
-_NOT_ANNOTATIONS = {"detection", "cell", "tile"}
-_ID_SPACE = uuid.UUID("2c3a5b0e-6f0f-5d0b-9a53-7d0a4c1f8e21")  # any constant: it makes ids a function of the polygon
 _ABSORBANCE = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 
 
@@ -135,6 +113,8 @@ def find_tissue(rgb: np.ndarray, mpp: float, *, pen: bool = True) -> TissueMask:
     stain = spread + DARKNESS_WEIGHT * mean
     flat, grey = texture < FLAT + FLAT_RELATIVE * mean, spread < GREY + GREY_RELATIVE * mean
     glass = _larger(_open(flat & (grey | (stain < STAINED)) & (mean < DARK), NECK_UM / mpp), GLASS_MM2, mpp)
+    beside = flat & (mean > 0.1) & (mean < DARK) & (spread < GREY + OFF_GLASS_RELATIVE * mean)
+    glass |= _connected(beside, _full_sides(beside))
     dark = grey & (mean >= DARK)
     dark = _connected(dark, _larger(dark & flat, GLASS_MM2, mpp) | _full_sides(dark))
     ink = _find_pen(planes, dark, mpp) if pen else np.zeros_like(dark)
@@ -145,201 +125,11 @@ def find_tissue(rgb: np.ndarray, mpp: float, *, pen: bool = True) -> TissueMask:
     unclear = ~(glass | outside)
     sure = np.clip(_otsu(stain[unclear]), *SURELY_STAINED)
     tissue = _close(unclear & (stain > STAINED), CLOSE_UM / mpp) & ~outside
-    tissue = _connected(tissue, (stain > sure) & (~grey | (mean > GREY_TISSUE)))
+    dark_grey = _open(tissue & grey & (mean > GREY_TISSUE), GREY_TISSUE_UM / mpp)
+    tissue = _connected(tissue, ((stain > sure) & _coloured(tissue, planes, mpp)) | dark_grey)
     gaps = ~(tissue | outside)
     tissue |= gaps & ~_larger(gaps, GLASS_MM2, mpp)
     return TissueMask(_larger(tissue, TISSUE_MM2, mpp), ink, mpp, has_glass=True)
-
-
-def draw_overview(
-    rgb: np.ndarray,
-    found: TissueMask,
-    *,
-    tiles_px: np.ndarray | None = None,  # (N, 4) x, y, width, height in pixels of `rgb`
-) -> np.ndarray:
-    """The picture with tissue outlined in green, pen in magenta and tiles in black: uint8 (h, w, 3)."""
-    drawn = np.ascontiguousarray(rgb).copy()
-    width = max(1, round(max(rgb.shape) / 800))
-    for x, y, w, h in [] if tiles_px is None else np.rint(tiles_px).astype(int).tolist():
-        cv2.rectangle(drawn, (x, y), (x + w - 1, y + h - 1), (0, 0, 0), 1)
-    for mask, name in ((found.mask, "Tissue"), (found.pen, "Pen")):
-        contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-        cv2.drawContours(drawn, contours, -1, _COLORS[name], width)
-    return drawn
-
-
-# ---------------------------------------------------------------- polygons, level-0 px
-
-
-def outlines(mask: np.ndarray, *, size_level0_px: tuple[int, int]) -> list[shapely.Polygon]:
-    """Polygons with holes of a mask over a canvas (width, height), along pixel edges; `rasterize` restores the mask."""
-    # Every pixel becomes 2 x 2. OpenCV traces through the centres of the outermost quarters; the parity of a quarter
-    # says on which edge of its pixel it lies: quarters 2a and 2a + 1 are next to edges a and a + 1.
-    quarters = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
-    contours, tree = cv2.findContours(quarters, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    scale = np.array(size_level0_px) / mask.shape[::-1]
-    rings = [(contour[:, 0] + 1) // 2 * scale for contour in contours]
-    inside: dict[int, list[int]] = {}  # ring → the rings of its holes; -1 → the shells
-    for ring, parent in enumerate(tree[0, :, 3] if rings else ()):
-        inside.setdefault(int(parent), []).append(ring)
-    polygons = (shapely.Polygon(rings[i], [rings[hole] for hole in inside.get(i, ())]) for i in inside.get(-1, ()))
-    return [part for polygon in polygons for part in _valid_parts(polygon)]
-
-
-def rasterize(polygons: Iterable[shapely.Polygon], *, size_level0_px: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    """Mask of `shape` (h, w) over a canvas `(width, height)`: True where a pixel's centre is inside a polygon."""
-    mask = np.zeros(shape, bool)
-    scale = np.array(shape[::-1]) / size_level0_px
-    for polygon in polygons:
-        _fill(mask, [np.asarray(ring.coords)[:, :2] * scale for ring in (polygon.exterior, *polygon.interiors)])
-    return mask
-
-
-def to_geojson(
-    regions: Iterable[tuple[str | None, shapely.Polygon]], *, origin_level0_px: tuple[float, float] = (0, 0)
-) -> dict[str, Any]:
-    """QuPath annotations of `(class, polygon)` as a FeatureCollection.
-
-    `origin_level0_px` is where QuPath has its (0, 0): OpenSlide's `bounds-x`, `bounds-y` where a slide has them. It is
-    noted in the collection. Object ids follow from class and polygon, so writing twice gives the same file.
-    """
-    features = []
-    for number, (name, polygon) in enumerate(regions):
-        moved = shapely.transform(polygon, lambda xy: np.round(xy - origin_level0_px, 2))
-        properties: dict[str, Any] = {"objectType": "annotation", "isLocked": False}
-        if name is not None:
-            properties["classification"] = {"name": name, "color": list(_COLORS.get(name, (128, 128, 128)))}
-        features.append(
-            {
-                "type": "Feature",
-                "id": str(uuid.uuid5(_ID_SPACE, f"{number} {name} {moved.wkt}")),
-                "geometry": shapely.geometry.mapping(moved),
-                "properties": properties,
-            }
-        )
-    return {"type": "FeatureCollection", "origin_level0_px": [*origin_level0_px], "features": features}
-
-
-def read_rois(path: str | Path, *, origin_level0_px: tuple[float, float] = (0, 0)) -> list[tuple[str | None, shapely.Polygon]]:
-    """`(class, polygon)` of every area annotated in a GeoJSON file of QuPath's, gzipped or not.
-
-    Detections, cells and tiles are not annotations; points and lines have no area: both are passed over.
-    `origin_level0_px` is added, as `to_geojson` takes it off.
-
-    Raises:
-        UsageError: no such file, not GeoJSON, or a ring that is none.
-    """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-        document = json.loads(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error}); give an existing GeoJSON file") from error
-    except (ValueError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path}: not GeoJSON ({error}); export the annotations from QuPath again") from error
-    rois = []
-    for number, feature in enumerate(_features(document, path), start=1):
-        try:
-            properties = feature.get("properties") or {}
-            if str(properties.get("objectType", "annotation")).lower() in _NOT_ANNOTATIONS:
-                continue
-            name = _class_name(properties.get("classification"))
-            for polygon in _polygons(feature.get("geometry")):
-                rois.append((name, shapely.transform(polygon, lambda xy: xy + origin_level0_px)))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            problem = f"{path}: feature {number} is malformed ({type(error).__name__}: {error})"
-            raise UsageError(f"{problem}; mend it or export the annotations from QuPath again") from error
-    return rois
-
-
-def roi_mask(
-    rois: Collection[tuple[str | None, shapely.Polygon]],
-    *,
-    size_level0_px: tuple[int, int],
-    shape: tuple[int, int],
-    exclude: Collection[str] = ROI_EXCLUDE,
-) -> np.ndarray:
-    """What regions of interest leave of a canvas, (h, w) bool: their union less those of the `exclude` classes.
-
-    Regions that only exclude are cut out of the whole canvas; no regions at all leave nothing.
-    """
-    cut = {name.casefold() for name in exclude}
-    out, kept = [], []
-    for name, polygon in rois:
-        excluded = name is not None and any(part.strip(" *").casefold() in cut for part in name.split(":"))
-        (out if excluded else kept).append(polygon)
-    inside = rasterize(kept, size_level0_px=size_level0_px, shape=shape)
-    if out and not kept:
-        inside[:] = True
-    return inside & ~rasterize(out, size_level0_px=size_level0_px, shape=shape)
-
-
-def _features(document: Any, path: Path) -> list[Any]:
-    if isinstance(document, dict) and document.get("type") == "FeatureCollection":
-        document = document.get("features")
-    elif isinstance(document, dict) and document.get("type") == "Feature":
-        document = [document]
-    if not isinstance(document, list):
-        raise UsageError(f"{path}: neither a FeatureCollection nor a list of features; export the annotations from QuPath again")
-    return document
-
-
-def _class_name(classification: Any) -> str | None:
-    """QuPath writes {"name": …}, newer versions {"names": [base, derived …]}, other tools a plain string."""
-    if isinstance(classification, dict):
-        names = classification.get("names")
-        classification = ": ".join(map(str, names)) if names else classification.get("name")
-    return None if classification is None else str(classification)
-
-
-def _polygons(geometry: Any) -> Iterator[shapely.Polygon]:
-    if geometry is None:
-        return
-    kind = geometry["type"]
-    if kind == "GeometryCollection":
-        for part in geometry["geometries"]:
-            yield from _polygons(part)
-    elif kind in ("Polygon", "MultiPolygon"):
-        for rings in [geometry["coordinates"]] if kind == "Polygon" else geometry["coordinates"]:
-            shell, *holes = [_ring(points) for points in rings]
-            yield from _valid_parts(shapely.Polygon(shell, holes))
-
-
-def _ring(points: Any) -> np.ndarray:
-    ring = np.asarray(points, dtype=float)  # closed or not: shapely closes it
-    if ring.ndim != 2 or ring.shape[0] < 3 or ring.shape[1] < 2 or not np.isfinite(ring).all():
-        raise ValueError(f"a ring needs three points or more with finite x and y, got {str(points)[:60]}")
-    return ring[:, :2]
-
-
-def _valid_parts(polygon: shapely.Polygon) -> list[shapely.Polygon]:
-    """Hand-drawn outlines cross themselves and traced ones touch themselves: cut them there."""
-    parts = [polygon] if polygon.is_valid else shapely.get_parts(shapely.make_valid(polygon))
-    parts = [part for whole in parts for part in shapely.get_parts(whole)]
-    return [part for part in parts if isinstance(part, shapely.Polygon) and part.area > 0]
-
-
-def _fill(mask: np.ndarray, rings: list[np.ndarray]) -> None:
-    """Set the pixels whose centres lie inside, by even-odd scan lines: cv2.fillPoly would paint all that it touches."""
-    h, w = mask.shape
-    starts, ends = np.concatenate([r[:-1] for r in rings]), np.concatenate([r[1:] for r in rings])  # (edges, 2)
-    down = starts[:, 1] <= ends[:, 1]
-    top, bottom = np.where(down[:, None], starts, ends), np.where(down[:, None], ends, starts)
-    first = np.clip(np.ceil(top[:, 1] - 0.5), 0, h).astype(np.int64)
-    crossed = np.clip(np.ceil(bottom[:, 1] - 0.5), 0, h).astype(np.int64) - first  # centre lines of pixel rows
-    if not crossed.any():
-        return
-    edge = np.repeat(np.arange(len(crossed)), crossed)
-    row = np.arange(len(edge)) - np.repeat(np.cumsum(crossed) - crossed, crossed) + first[edge]
-    along = (row + 0.5 - top[edge, 1]) / (bottom[edge, 1] - top[edge, 1])
-    x = top[edge, 0] + along * (bottom[edge, 0] - top[edge, 0])
-    column = np.clip(np.ceil(x - 0.5), 0, w).astype(np.int64)  # the first centre to the right of the crossing
-    y0, y1, x0, x1 = row.min(), row.max() + 1, column.min(), column.max()
-    crossings = np.bincount((row - y0) * (x1 - x0 + 1) + column - x0, minlength=(y1 - y0) * (x1 - x0 + 1))
-    mask[y0:y1, x0:x1] |= (crossings.reshape(y1 - y0, -1).cumsum(axis=1)[:, :-1] & 1).astype(bool)
-
-
-# ---------------------------------------------------------------- pictures
 
 
 def _over_glass(planes: list[np.ndarray], candidates: np.ndarray, mpp: float) -> list[np.ndarray]:
@@ -363,13 +153,14 @@ def _find_pen(planes: list[np.ndarray], dark: np.ndarray, mpp: float) -> np.ndar
     least = np.minimum(np.minimum(red, green), blue)
     cyan = red - green
     crimson = blue > 0.62 * green
+    dense = (red > 0.4) & (blue < 0.55 * green)  # blue ink over haematoxylin; alone, that is never so strong over a cell
     inks = (  # (surely ink, paler ink of that colour, what may be ink or tissue)
         # Green and blue ink take clearly more red than green light. Eosin, haematoxylin, DAB and blood take less, pale
         # blue counterstain up to 1.3 times as much.
         (
             ((red > 1.6 * green) & (red > 0.15)) | ((red > 1.1 * green) & (cyan > 0.15) & (red > 0.4)),
-            (red > 1.6 * green) & (cyan > 0.03),
-            (red > 1.05 * green) & (cyan > 0.03),
+            ((red > 1.6 * green) & (cyan > 0.03)) | (dense & (red > green)),
+            ((red > 1.05 * green) & (cyan > 0.03)) | (dense & (red > 0.9 * green)),
         ),
         # Red ink takes blue light almost as it takes green; eosin half as much. So does blood, but never so strongly.
         (
@@ -386,7 +177,9 @@ def _find_pen(planes: list[np.ndarray], dark: np.ndarray, mpp: float) -> np.ndar
         if core.any():
             core = _larger(_open(core, STROKE_UM / mpp), PEN_MM2, mpp)
             pen |= core | _connected(paler | (alike & _dilate(core, PEN_REACH_UM / mpp)), core)
-    return _dilate(pen, PEN_RIM_UM / mpp)
+    pen = _dilate(pen, PEN_RIM_UM / mpp)
+    gaps = ~pen
+    return pen | (gaps & ~_larger(gaps, PEN_MM2, mpp))
 
 
 def _mean(planes: list[np.ndarray]) -> np.ndarray:
@@ -404,9 +197,12 @@ def _blur(plane: np.ndarray, mpp: float) -> np.ndarray:
 
 def _texture(plane: np.ndarray, mpp: float) -> np.ndarray:
     """Standard deviation in a window."""
-    side = max(3, 2 * round(TEXTURE_UM / mpp / 2) + 1)
-    first, second = (cv2.blur(p, (side, side), borderType=cv2.BORDER_REPLICATE) for p in (plane, plane * plane))
+    first, second = (cv2.blur(p, (_window_px(mpp),) * 2, borderType=cv2.BORDER_REPLICATE) for p in (plane, plane * plane))
     return np.sqrt(np.maximum(second - first * first, 0))
+
+
+def _window_px(mpp: float) -> int:
+    return max(3, 2 * round(WINDOW_UM / mpp / 2) + 1)
 
 
 def _otsu(stain: np.ndarray) -> float:
@@ -452,6 +248,21 @@ def _connected(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     labels: np.ndarray
     n, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
     keep: np.ndarray = np.bincount(labels[seeds & mask], minlength=n) > 0
+    return keep[labels]
+
+
+def _coloured(mask: np.ndarray, planes: list[np.ndarray], mpp: float) -> np.ndarray:
+    """The connected parts of a mask that are not grey as a whole.
+
+    Seen through a wide blur: the coloured fringes of dirt are on two sides of it and make up for each other, while the brown
+    and the blue of one tissue lie further apart.
+    """
+    labels: np.ndarray
+    n, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    wide = [cv2.blur(plane, (_window_px(mpp),) * 2, borderType=cv2.BORDER_REPLICATE) for plane in planes]
+    spread, mean = (np.bincount(labels.ravel(), plane.ravel(), minlength=n) for plane in (_spread(wide), _mean(wide)))
+    keep = spread >= COLOURED * mean
+    keep[0] = False
     return keep[labels]
 
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -190,7 +191,10 @@ def _leica_description(
     reduction = max(1.0, max(canvas_px) / 512)
     macro = round(canvas_px[0] / reduction) + 1, round(canvas_px[1] / reduction) + 1
     scanned = [(level.shape[1], level.shape[0]) for level in levels]
-    offset = f'offsetX="{round(offset_px[0] * nm)}" offsetY="{round(offset_px[1] * nm)}"'
+    # rounded up: a reader that divides by the size of a pixel, in nm as above, and cuts off finds the very pixel
+    pixel_nm = max(round(side * nm) / side for side in scanned[0])
+    offset_nm = [math.ceil(side * pixel_nm) for side in offset_px]
+    offset = f'offsetX="{offset_nm[0]}" offsetY="{offset_nm[1]}"'
     return (
         '<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01">'
         f'<collection name="synthetic" {size(canvas_px)}>'

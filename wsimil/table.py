@@ -7,22 +7,30 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import pandas as pd
 
 from wsimil.config import nearest
 from wsimil.errors import UsageError
 
-__all__ = ["Table", "read_table", "require_column"]
+__all__ = ["Cells", "Table", "read_cells", "read_table", "require_column"]
 
 Table: TypeAlias = Any
 """A `pandas.DataFrame`; pandas' own annotations make every column a union that no type checker can follow."""
 
 
-def read_table(path: str | Path, error: type[UsageError]) -> Table:
-    """All cells as stripped text; the index is the line in the file.
+@dataclass(frozen=True)
+class Cells:
+    """What stands in a table."""
+
+    columns: list[str]
+    rows: dict[int, dict[str, str]]  # line in the file → column → stripped text
+    separator: str
+
+
+def read_cells(path: str | Path, error: type[UsageError]) -> Cells:
+    """All cells as text.
 
     Raises:
         error: no such file, not UTF-8 text, no header, a column twice, or a row with more cells than the header.
@@ -32,7 +40,7 @@ def read_table(path: str | Path, error: type[UsageError]) -> Table:
             header = handle.readline()
             separator = next((mark for mark in ",;\t" if mark in header), ",")
             handle.seek(0)
-            reader = csv.reader(handle, delimiter=separator)
+            reader = csv.reader(handle, delimiter=separator, skipinitialspace=True)
             rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except UnicodeDecodeError as cause:
         raise error(f"{path}: not UTF-8 text; save it as CSV (UTF-8), not as a spreadsheet file") from cause
@@ -49,8 +57,19 @@ def read_table(path: str | Path, error: type[UsageError]) -> Table:
     for line, row in rows[1:]:
         if any(row[len(columns) :]):
             raise error(f"{path}, line {line}: more cells than columns; text that holds {separator!r} must be quoted")
-    cells = [[*row[: len(columns)], *[""] * (len(columns) - len(row))] for _, row in rows[1:]]
-    return pd.DataFrame(cells, index=[line for line, _ in rows[1:]], columns=columns, dtype=str)[named]
+    cells = {}
+    for line, row in rows[1:]:
+        filled = [*row[: len(columns)], *[""] * (len(columns) - len(row))]
+        cells[line] = {column: cell for column, cell in zip(columns, filled, strict=True) if column}
+    return Cells(named, cells, separator)
+
+
+def read_table(path: str | Path, error: type[UsageError]) -> Table:
+    """The same as a data frame of text; the index is the line in the file. Raises as `read_cells`."""
+    import pandas as pd  # here: processes that read slides know tables too, and none of them needs a data frame
+
+    cells = read_cells(path, error)
+    return pd.DataFrame(list(cells.rows.values()), index=list(cells.rows), columns=cells.columns, dtype=str)
 
 
 def require_column(path: str | Path, table: Table, column: str, error: type[UsageError]) -> None:

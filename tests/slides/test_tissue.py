@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import uuid
-
 import cv2
 import numpy as np
 import pytest
-import shapely
 
-from wsimil.errors import UsageError
-from wsimil.slides.tissue import (
-    draw_overview,
-    find_tissue,
-    outlines,
-    rasterize,
-    read_rois,
-    roi_mask,
-    tissue_mpp,
-    to_geojson,
-)
+from wsimil.slides.tissue import find_tissue, tissue_mpp
 
 MPP = 8.0
 SHAPE = (300, 400)  # h, w: 2.4 x 3.2 mm
@@ -90,6 +75,28 @@ def test_bare_glass_is_empty_despite_dust_and_a_smear(glass):
     assert not found.mask.any() and not found.pen.any() and found.has_glass
 
 
+def test_dark_dust_with_coloured_fringes_and_the_rim_of_a_bubble_are_not_tissue():
+    light = bare()
+    for x, y in np.random.default_rng(5).uniform(30, 270, (20, 2)):
+        light = stained(light, disc(x, y, 5), (0.5, 0.5, 0.52), texture=0)  # 80 µm across
+        light = stained(light, disc(x + 3, y, 3), (0.0, 0.06, 0.12), texture=0)  # out of focus, one side is yellow …
+        light = stained(light, disc(x - 3, y, 3), (0.12, 0.06, 0.0), texture=0)  # … and the other is blue
+    light = stained(light, disc(340, 200, 40) & ~disc(340, 200, 34), (0.45, 0.45, 0.46), texture=0.1)
+    assert not find_tissue(picture(light), MPP).mask.any()
+
+
+def test_very_pale_tissue_is_found():
+    light = stained(bare(), TISSUE, tuple(0.1 * a for a in HE), texture=0.3)  # 1 to 6 grey levels below the glass
+    assert agreement(find_tissue(picture(light), MPP).mask, TISSUE) > 0.93
+
+
+@pytest.mark.parametrize("surface", [(150, 140, 128), (90, 90, 92), (200, 198, 190)], ids=["beige", "dark", "pale"])
+def test_what_lies_beside_the_glass_is_not_tissue(surface):
+    light = stained(bare(), TISSUE, HE, texture=0.3)
+    light[:, 350:] = (np.array(surface) + np.random.default_rng(6).normal(0, 2, (*SHAPE, 3)))[:, 350:] / 255
+    assert agreement(find_tissue(picture(light), MPP).mask, TISSUE) > 0.93
+
+
 def test_bare_white_and_bare_black_are_empty():
     for level in (0, 255):
         assert not find_tissue(np.full((*SHAPE, 3), level, np.uint8), MPP).mask.any()
@@ -154,7 +161,7 @@ def test_lumens_that_a_crack_connects_are_not_glass():
 def test_a_hole_of_tissue_is_filled_up_to_the_size_of_glass():
     small, large = disc(110, 150, 8), disc(185, 150, 25)  # .013 and .126 mm²
     found = find_tissue(picture(stained(bare(), TISSUE & ~small & ~large, HE, texture=0.3)), MPP)
-    assert found.mask[small].all() and found.mask[large].mean() < 0.1
+    assert found.mask[small].all() and found.mask[large].mean() < 0.12  # a rim of one pixel, which the blur smears
 
 
 def test_a_speck_of_stain_is_not_tissue():
@@ -174,6 +181,20 @@ def test_pictures_scale_follows_from_the_slides_size_alone():
     assert tissue_mpp(20_000, 15_000) == 8
     assert tissue_mpp(1_000, 2_500) == 4
     assert tissue_mpp(250, 250) == 2
+
+
+def test_the_number_of_threads_changes_nothing():
+    light = stained(stained(bare(), TISSUE, HE, texture=0.3), stroke(), PENS["blue"], texture=0.2)
+    threads = cv2.getNumThreads()
+    try:
+        masks = []
+        for n in (1, 2, 5):
+            cv2.setNumThreads(n)
+            found = find_tissue(picture(light), MPP)
+            masks.append(np.stack([found.mask, found.pen]))
+    finally:
+        cv2.setNumThreads(threads)
+    assert masks[0].any(axis=(1, 2)).all() and (masks[0] == masks[1]).all() and (masks[0] == masks[2]).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (2, 3)])
@@ -208,6 +229,25 @@ def test_pen_on_glass_is_pen_and_not_tissue(colour, strength):
     assert found.mask[untouched].mean() > 0.95 and not (found.mask & found.pen).any()
 
 
+def test_blue_pen_drawn_over_tissue_is_pen_to_its_pale_end():
+    """A stroke that runs dry over H&E: at the end it takes little more red light than green, as dense nuclei do."""
+    mark = np.zeros(SHAPE, bool)
+    mark[140:165, 90:200] = True
+    strength = np.interp(np.arange(SHAPE[1]), [90, 200], [1.4, 0.5])
+    ink = strength[None, :, None] * np.array((1.0, 0.68, 0.22)) * mark[..., None]
+    light = stained(bare(), disc(150, 150, 120), HE, texture=0.1) * 10**-ink
+    found = find_tissue(picture(light), MPP)
+    assert found.pen[mark].mean() > 0.97 and not found.mask[150:155, 90:190].any()
+    far = disc(150, 150, 115) & ~cv2.dilate(mark.astype(np.uint8), np.ones((25, 25))).astype(bool)
+    assert found.mask[far].all()
+
+
+def test_densely_packed_nuclei_are_not_blue_pen():
+    light = stained(bare(), TISSUE, (0.5, 0.54, 0.22), texture=0.25)
+    found = find_tissue(picture(light), MPP)
+    assert not found.pen.any() and found.mask[TISSUE].all()
+
+
 def test_pen_alone_leaves_nothing():
     for ink in PENS.values():
         assert not find_tissue(picture(stained(bare(), stroke(), ink, texture=0.05)), MPP).mask.any()
@@ -222,199 +262,3 @@ def test_blood_is_not_red_pen():
 def test_a_blue_stain_is_kept_when_no_pen_is_looked_for():
     rgb = picture(stained(bare(), TISSUE, (0.5, 0.25, 0.1), texture=0.2))
     assert agreement(find_tissue(rgb, MPP, pen=False).mask, TISSUE) > 0.93
-
-
-# ---------------------------------------------------------------- polygons
-
-
-def blobs(seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return cv2.GaussianBlur(rng.random((40, 60)), (0, 0), rng.uniform(0.3, 3)) > 0.5
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_outlines_bring_back_the_same_mask(seed):  # pixels that touch at corners, islands in holes, the picture's edge
-    mask, size = blobs(seed), (60 * 37 + 11, 40 * 37 + 5)
-    polygons = outlines(mask, size_level0_px=size)
-    assert all(p.is_valid for p in polygons)
-    assert sum(p.area for p in polygons) == pytest.approx(mask.mean() * size[0] * size[1])
-    assert (rasterize(polygons, size_level0_px=size, shape=mask.shape) == mask).all()
-
-
-def test_outlines_lie_on_pixel_edges():
-    mask = np.zeros((4, 5), bool)
-    mask[1:3, 2] = True
-    (polygon,) = outlines(mask, size_level0_px=(50, 40))
-    assert polygon.bounds == (20, 10, 30, 30)
-    assert outlines(np.zeros((4, 5), bool), size_level0_px=(50, 40)) == []
-
-
-def test_a_pixel_is_inside_when_its_centre_is():
-    inside = rasterize([shapely.box(14.9, -50, 35.1, 500)], size_level0_px=(50, 40), shape=(4, 5))
-    assert inside.all(axis=0).tolist() == [False, True, True, True, False]
-    inside = rasterize([shapely.box(15.1, 0, 34.9, 10)], size_level0_px=(50, 40), shape=(4, 5))
-    assert inside[0].tolist() == [False, False, True, False, False] and not inside[1:].any()
-
-
-def test_polygons_off_the_canvas_are_clipped():
-    far = [shapely.box(1000, 1000, 2000, 2000), shapely.box(-30, -30, -10, 500)]
-    assert not rasterize(far, size_level0_px=(50, 40), shape=(4, 5)).any()
-
-
-def test_overlapping_polygons_add_up():
-    boxes = [shapely.box(0, 0, 30, 40), shapely.box(10, 0, 50, 40)]
-    assert rasterize(boxes, size_level0_px=(50, 40), shape=(4, 5)).all()
-
-
-# ---------------------------------------------------------------- GeoJSON
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_mask_survives_a_trip_through_qupath(tmp_path, packed):
-    mask, size, origin = blobs(5), (6000, 4000), (1000, 600)
-    regions = [("Tissue", p) for p in outlines(mask, size_level0_px=size)]
-    text = json.dumps(to_geojson(regions, origin_level0_px=origin)).encode()
-    path = tmp_path / ("s.geojson.gz" if packed else "s.geojson")
-    path.write_bytes(gzip.compress(text) if packed else text)
-    rois = read_rois(path, origin_level0_px=origin)
-    assert (roi_mask(rois, size_level0_px=size, shape=mask.shape) == mask).all()
-
-
-def test_geojson_is_what_qupath_writes():
-    square = shapely.box(1000, 600, 1010, 620)
-    collection = to_geojson([("Tissue", square), (None, square)], origin_level0_px=(1000, 600))
-    feature, unclassified = collection["features"]
-    assert collection["type"] == "FeatureCollection" and feature["type"] == "Feature"
-    assert shapely.geometry.shape(feature["geometry"]).bounds == (0, 0, 10, 20)  # QuPath counts from the bounds
-    assert feature["properties"]["objectType"] == "annotation" and feature["properties"]["isLocked"] is False
-    assert feature["properties"]["classification"]["name"] == "Tissue"
-    assert len(feature["properties"]["classification"]["color"]) == 3
-    assert "classification" not in unclassified["properties"]
-    assert len({uuid.UUID(f["id"]) for f in collection["features"]}) == 2
-    assert collection == to_geojson([("Tissue", square), (None, square)], origin_level0_px=(1000, 600))
-
-
-SQUARE = [[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]
-HOLE = [[2, 2], [4, 2], [4, 4], [2, 4], [2, 2]]
-
-
-def feature(coordinates=None, kind="Polygon", **properties) -> dict:
-    coordinates = [SQUARE] if coordinates is None else coordinates
-    return {"type": "Feature", "geometry": {"type": kind, "coordinates": coordinates}, "properties": properties}
-
-
-def read(tmp_path, document):
-    path = tmp_path / "rois.geojson"
-    path.write_text(json.dumps(document))
-    return read_rois(path)
-
-
-@pytest.mark.parametrize(
-    ("one", "area"),
-    [
-        (feature(), 100),
-        (feature([SQUARE, HOLE]), 96),
-        (feature([SQUARE[:-1]]), 100),  # not closed
-        (feature([[[x, y, 0] for x, y in SQUARE]]), 100),  # with z
-        (feature([[SQUARE], [[[x + 20, y] for x, y in SQUARE]]], "MultiPolygon"), 200),
-        (feature([[[0, 0], [10, 10], [10, 0], [0, 10], [0, 0]]]), 50),  # crosses itself
-        ({"type": "Feature", "geometry": feature()["geometry"]}, 100),  # no properties
-        ({**feature(), "geometry": {"type": "GeometryCollection", "geometries": [feature()["geometry"]]}}, 100),
-        (feature([5, 5], "Point"), 0),
-        (feature([[0, 0], [5, 5]], "LineString"), 0),
-        (feature([[[0, 0], [5, 5], [0, 0]]]), 0),  # flat
-        ({**feature(), "geometry": None}, 0),
-        (feature(objectType="detection"), 0),
-        (feature(objectType="annotation", measurements={"Area": 3}), 100),
-    ],
-)
-def test_every_way_to_write_an_area_is_read(tmp_path, one, area):
-    for document in ({"type": "FeatureCollection", "features": [one]}, [one], one):
-        assert sum(polygon.area for _, polygon in read(tmp_path, document)) == pytest.approx(area)
-
-
-@pytest.mark.parametrize(
-    ("written", "name"),
-    [
-        ({"name": "Tumor", "color": [200, 0, 0]}, "Tumor"),
-        ({"name": "Tumor", "colorRGB": -3670016}, "Tumor"),
-        ({"names": ["Tumor", "Positive"], "color": [1, 2, 3]}, "Tumor: Positive"),
-        ("Tumor", "Tumor"),
-        (None, None),
-    ],
-)
-def test_every_way_to_write_a_class_is_read(tmp_path, written, name):
-    assert [found for found, _ in read(tmp_path, [feature(classification=written)])] == [name]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"not json",
-        b'"text"',
-        b'{"type": "Topology"}',
-        b'{"type": "FeatureCollection"}',
-        b"[3]",
-        b"\x1f\x8b broken gzip",
-        gzip.compress(json.dumps([feature()]).encode(), mtime=0)[:-12],
-        json.dumps([feature([[[0, 0], [1, 1]]])]).encode(),
-        json.dumps([feature([[[0, 0], [1, "a"], [2, 2]]])]).encode(),
-        json.dumps([feature([])]).encode(),
-        json.dumps([{"type": "Feature", "geometry": {"type": "Polygon"}}]).encode(),
-        b'[{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[[0, 0], [NaN, 1], [2, 2]]]}}]',
-    ],
-)
-def test_a_malformed_file_is_named(tmp_path, content):
-    path = tmp_path / "bad.geojson"
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"bad\.geojson"):
-        read_rois(path)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UsageError, match=r"nowhere\.geojson"):
-        read_rois(tmp_path / "nowhere.geojson")
-
-
-# ---------------------------------------------------------------- regions of interest
-
-
-def columns_left(rois, **options) -> list[bool]:
-    left = roi_mask(rois, size_level0_px=(50, 40), shape=(4, 5), **options)
-    return left.all(axis=0).tolist()
-
-
-LEFT, MIDDLE = shapely.box(0, 0, 30, 40), shapely.box(20, 0, 40, 40)
-
-
-@pytest.mark.parametrize("name", ["exclude", "Ignore*", "Artefact", "ARTIFACT", "Pen", "Stroma: Ignore*"])
-def test_excluded_classes_are_cut_out_of_the_others(name):
-    assert columns_left([(name, MIDDLE), ("Tumor", LEFT)]) == [True, True, False, False, False]
-
-
-def test_exclusions_alone_are_cut_out_of_everything():
-    assert columns_left([("ignore", MIDDLE)]) == [True, True, False, False, True]
-
-
-def test_no_regions_leave_nothing():
-    assert not any(columns_left([]))
-
-
-def test_all_other_classes_and_none_are_kept():
-    assert columns_left([(None, LEFT), ("Ignored margin", MIDDLE)]) == [True, True, True, True, False]
-    left = columns_left([("Necrosis", MIDDLE), ("Tumor", LEFT)], exclude=("necrosis",))
-    assert left == [True, True, False, False, False]
-
-
-# ---------------------------------------------------------------- overview
-
-
-def test_overview_shows_outlines_and_tiles_and_leaves_the_picture_alone():
-    rgb = picture(stained(bare(), TISSUE, HE, texture=0.3))
-    before, found = rgb.copy(), find_tissue(rgb, MPP)
-    drawn = draw_overview(rgb, found, tiles_px=np.array([[350, 250, 20, 20]]))
-    assert (rgb == before).all() and drawn.shape == rgb.shape
-    assert (drawn[250, 350:370] == 0).all() and (drawn[269, 350:370] == 0).all()  # the tile's first and last row
-    changed = (drawn != rgb).any(axis=2)
-    assert changed[150, 50:70].any() and not changed[150, 100:200].any()
