@@ -288,7 +288,13 @@ def _heatmap(arguments: argparse.Namespace, settings: Settings, say: Callable[[s
     from wsimil.heatmaps import draw_heatmaps
 
     wrong = draw_heatmaps(
-        arguments.predictions, arguments.slides, arguments.out, config=settings.heatmap, quiet=arguments.quiet, say=say
+        arguments.predictions,
+        arguments.slides,
+        arguments.out,
+        config=settings.heatmap,
+        job=settings.job,
+        quiet=arguments.quiet,
+        say=say,
     )
     print(f"heatmaps: {arguments.out}")
     return _ending(wrong)
@@ -452,7 +458,7 @@ COMMANDS: dict[str, Command] = {
             (("--slides",), {"required": True, "metavar": "SLIDES", "help": "where the slides are: folder, slide or CSV"}),
             _out("heatmaps/"),
         ),
-        ("heatmap",),
+        ("heatmap", "job"),
     ),
     "report": Command(
         "one page about a study",

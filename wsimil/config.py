@@ -100,6 +100,9 @@ class ExtractConfig:
     embedding: Literal["default", "self-vit-mil"] = option(
         "default", "a ViT's own pooling, or class tokens of the last four blocks and the mean patch token (5 x width)"
     )
+    decode: Literal["exact", "dct"] = option(
+        "exact", "how JPEG is reduced by even factors: exact area mean, or half of it in the decoder, faster and nearly the same"
+    )
     stain: Literal["none", "macenko", "reinhard"] = option("none", "give all slides the colours of one target before encoding")
     stain_target: str | None = option(None, "image whose tissue the colours are taken from; default: published H&E values")
     batch_size: int = option(64, "tiles in a forward pass of the encoder")
@@ -229,7 +232,7 @@ class HeatmapConfig:
 
     format: tuple[Literal["png", "geojson"], ...] = option(("png", "geojson"), "what to write")
     map: Literal["auto", "attention", "contribution", "tile_prob"] = option(
-        "auto", "which score; auto: signed contributions where the model has exact ones, else attention"
+        "auto", "which score; auto: signed contributions where the model has exact ones, else tile probabilities, else attention"
     )
     qupath_bounds: Literal["auto", "keep"] = option(
         "auto", "auto: QuPath's frame (OpenSlide's bounds offset subtracted); keep: the file's own"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,13 @@ def run_study(
         ),
     )
 
+    not_drawn: list[str] = []
+
     def heatmaps() -> None:
-        failed.extend(draw_heatmaps(predictions, slides, out / "heatmaps", config=settings.heatmap, quiet=quiet, say=say))
+        job = replace(settings.job, shard=None)  # bags of other shards were predicted as well
+        not_drawn.extend(
+            draw_heatmaps(predictions, slides, out / "heatmaps", config=settings.heatmap, job=job, quiet=quiet, say=say)
+        )
 
     books.stage(
         "heatmap",
@@ -134,6 +139,9 @@ def run_study(
         out / "heatmaps",
         heatmaps,
     )
+    if not_drawn:
+        books.forget("heatmap")
+        failed.extend(not_drawn)
     metrics = read_json(out / "evaluation" / "metrics.json")
     write_report(out)
     return Study(out, metrics, failed)
@@ -155,10 +163,14 @@ class _Books:
             self.say(f"{name}: unchanged")
             return
         started = time.monotonic()
-        self.keys.pop(name, None)  # half-done work must not look done
-        write_json(self.path, self.keys)
+        self.forget(name)  # half-done work must not look done
         self.say(f"{name} …")
         work()
         self.keys[name] = key
         write_json(self.path, self.keys)
         self.say(f"{name}: {time.monotonic() - started:.0f} s")
+
+    def forget(self, name: str) -> None:
+        """The next run does this stage again."""
+        self.keys.pop(name, None)
+        write_json(self.path, self.keys)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,6 +149,114 @@ def test_the_cache_does_not_change_results(folder, cache_bytes):
     assert ("a" in bags._cache) == (cache_bytes >= 120)
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_rows_of_a_slide_are_those_of_the_whole(folder, cache_bytes):
+    bags, rows = BagFolder(folder, cache_bytes=cache_bytes), np.array([4, 0, 0, 2])
+    for warm in (False, True):
+        some, whole = bags.load("b", rows=rows).checked(), bags.load("b")
+        assert torch.equal(some.features, whole.features[rows]), warm
+        assert torch.equal(some.coords_um, whole.coords_um[rows]), warm
+    assert len(bags.load("b", rows=rows[:0]).features) == 0
+    with pytest.raises(IndexError):
+        bags.load("b", rows=np.array([5]))  # 7 stored, 5 usable
+
+
+def test_rows_are_read_without_the_rest(folder, monkeypatch):
+    bags = BagFolder(folder)
+    bags.kept("b")
+    monkeypatch.setattr("wsimil.hdf5.StoredRows.read_into", None)
+    monkeypatch.setattr("wsimil.hdf5.StoredRows.read_checked", None)
+    assert len(bags.load("b", rows=np.array([1])).features) == 1
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_a_bag_is_checked_once(folder, monkeypatch, cache_bytes):
+    bags = BagFolder(folder, cache_bytes=cache_bytes)
+    first = {slide_id: bags.load(slide_id) for slide_id in "abcd"}
+    monkeypatch.setattr("wsimil.hdf5.h5py.File", None)
+    for slide_id, batch in first.items():
+        assert torch.equal(bags.load(slide_id).features, batch.features)
+        assert torch.equal(bags.load(slide_id).coords_um, batch.coords_um)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_a_value_that_changed_on_the_disk_is_found(folder, cache_bytes):
+    bags = BagFolder(folder, cache_bytes=cache_bytes)
+    header = bags.headers["b"]
+    with open(header.path, "r+b") as content:
+        content.seek(header.features.offset + 2 * DIM * 3)
+        content.write(b"\x01")
+    for found in (bags, BagFolder(folder, cache_bytes=cache_bytes)):  # known by its time, and by its checksum
+        with pytest.raises(BagFormatError, match=r"b\.h5"):
+            found.load("b")
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_bag_written_anew_is_refused_not_mixed(folder, loaded):
+    bags = BagFolder(folder, cache_bytes=0)
+    if loaded:
+        bags.load("b")
+    write(folder, make_bag("b", 7, invalid=1))
+    for rows in (None, np.array([0])):
+        with pytest.raises(BagFormatError, match=r"b\.h5: the file changed"):
+            bags.load("b", rows=rows)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 200, 1 << 30])
+def test_threads_may_share_a_folder(folder, cache_bytes):
+    bags, expected = BagFolder(folder, cache_bytes=cache_bytes), BagFolder(folder)
+    tasks = [("a", None), ("b", None), ("b", np.array([3, 1])), ("c", None), ("d", None), ("a", np.array([4]))] * 20
+
+    def load(task: tuple[str, np.ndarray | None]) -> bool:
+        return torch.equal(bags.load(task[0], rows=task[1]).features, expected.load(task[0], rows=task[1]).features)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(load, tasks))
+
+
+def _sum_of(bags: BagFolder, slide_id: str) -> float:
+    return float(bags.load(slide_id).features.sum())
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_worker_reads_the_same(folder):
+    bags = BagFolder(folder)
+    bags.load("a")
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        found = pool.starmap(_sum_of, [(bags, name) for name in "ab"])
+    assert found == [_sum_of(bags, name) for name in "ab"]
+
+
+def test_a_copy_for_another_process_holds_no_bags(folder):
+    write(folder, make_bag("e", 5000))
+    bags = BagFolder(folder, cache_bytes=200_000)
+    bags.load("e")
+    assert "e" in bags._cache
+    sent = pickle.dumps(bags)
+    assert len(sent) < 40_000
+    copy = pickle.loads(sent)
+    assert torch.equal(copy.load("e").features, bags.load("e").features)
+    assert "e" in copy._cache
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f2", ">f4"])
+def test_every_kind_of_float_is_loaded(folder, dtype):
+    bag = make_bag("e", 6, invalid=1)
+    write(folder, replace(bag, features=bag.features.astype(dtype)))
+    features = BagFolder(folder).load("e").features
+    assert features.dtype == torch.float32
+    np.testing.assert_array_equal(features.numpy(), bag.features[1:].astype(np.float32))
+
+
+def test_rows_read_from_the_header_are_those_that_load_gives(folder):
+    bags = BagFolder(folder)
+    keep, header = np.flatnonzero(bags.kept("b")), bags.headers["b"]
+    out = np.empty((len(keep), DIM), header.features.dtype)
+    header.features.read_rows(keep, out)
+    np.testing.assert_array_equal(out.astype(np.float32), bags.load("b").features.numpy())
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_a_model_that_writes_into_its_batch_does_not_reach_the_cache(folder, dtype):
     bag = make_bag("e", 4)
@@ -165,6 +276,33 @@ def test_features_that_are_no_numbers_are_named(folder):
     bag.valid[4] = False
     write(folder, bag)
     assert len(BagFolder(folder).load("e").features) == 4
+
+
+def test_tiles_that_are_no_numbers_are_named_each_time_they_are_loaded(folder):
+    bag = make_bag("e", 6, invalid=1)
+    bag.features[4, 1] = np.nan
+    write(folder, bag)
+    bags = BagFolder(folder)
+    for rows in (None, np.array([3]), None, np.array([0, 3, 1])):
+        with pytest.raises(BagFormatError, match="tile 4 are"):
+            bags.load("e", rows=rows)
+    assert len(bags.load("e", rows=np.array([2])).features) == 1
+
+
+@pytest.mark.parametrize("one", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("other", [1, np.inf, -np.inf])
+def test_no_number_hides_behind_another(folder, one, other):
+    bag = make_bag("e", 6)
+    bag.features[2, 0], bag.features[5, 1] = one, other
+    write(folder, bag)
+    with pytest.raises(BagFormatError, match="tile 2 are"):
+        BagFolder(folder).load("e")
+
+
+def test_large_numbers_are_numbers(folder):
+    bag = make_bag("e", 6)
+    write(folder, replace(bag, features=np.full((6, DIM), 3e38, np.float32)))  # their sum is beyond float32
+    assert (BagFolder(folder).load("e").features == 3e38).all()
 
 
 @pytest.mark.parametrize("block", [1, 3, 4096])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -86,13 +87,31 @@ def test_a_claim_of_another_machine_is_taken_over_when_it_is_no_longer_refreshed
         assert mine.take("s")
 
 
-def test_a_claim_that_is_no_claim_is_treated_as_one_that_is_not_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("content", "after_s"), [(b"", 2), (b"no claim", module.TTL_S)], ids=["empty", "torn"])
+def test_a_claim_that_is_no_claim_does_not_hold_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, after_s: float
+) -> None:
+    """An empty one's writer was killed within a moment."""
     path = tmp_path / "claims" / "s.json"
     path.parent.mkdir()
-    path.write_bytes(b"")  # its writer was killed within a moment
+    path.write_bytes(content)
     now = 1000.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     with Claims(tmp_path / "claims") as mine:
         assert not mine.take("s")
-        now += module.TTL_S + 1
+        now += after_s - 1
+        assert not mine.take("s")
+        now += 2
+        assert mine.take("s")
+
+
+def test_a_claim_that_cannot_be_written_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    with Claims(tmp_path / "claims") as mine:
+        with monkeypatch.context() as patch:
+            patch.setattr(module.os, "write", full)
+            with pytest.raises(OSError, match="full"):
+                mine.take("s")
         assert mine.take("s")

@@ -1,16 +1,29 @@
-"""A planted object lands on its pixels: in the picture, in the polygons, with and without OpenSlide bounds."""
+"""A planted object lands on its pixels: in the picture, in the polygons, with and without OpenSlide bounds.
+
+Many slides are drawn side by side, and what happens to one is no matter of the others.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import speckled
+from heatmaps.maps import write_scores
 from PIL import Image
 
 from wsimil.bags.bag import read_bag
-from wsimil.config import HeatmapConfig, TileConfig
+from wsimil.cli import main
+from wsimil.config import HeatmapConfig, JobConfig, TileConfig
+from wsimil.errors import UsageError, WsimilError
 from wsimil.extraction import extract_features
 from wsimil.files import read_json, write_text
 from wsimil.hdf5 import Dataset, write_hdf5
@@ -50,9 +63,12 @@ def darkness_scores(bag_path: Path, slide_path: Path, scores: Path) -> None:
     )
 
 
-@pytest.fixture(params=["generic", "leica"])
-def drawn(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, tuple[int, int, int, int], tuple[int, int]]:
-    """Output folder, scores folder, the planted box on the canvas, and the bounds offset."""
+@pytest.fixture(scope="module", params=["generic", "leica"])
+def drawn(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, tuple[int, int, int, int], tuple[int, int]]:
+    """Output folder, predictions folder, the planted box on the canvas, and the bounds offset."""
+    tmp_path = tmp_path_factory.mktemp(request.param)
     rgb, (x, y, width, height) = planted()
     offset = OFFSET if request.param == "leica" else (0, 0)
     path = tmp_path / "slides" / ("s.scn" if request.param == "leica" else "s.tiff")
@@ -61,8 +77,8 @@ def drawn(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, t
     write_slide(
         path, rgb, mpp=0.5, vendor=request.param, compression="jpeg", chroma="4:4:4", quality=95, downsamples=(1, 4), **options
     )
-    extraction = extract_features(path.parent, tmp_path / "job", tile=TileConfig(tile_px=50), quiet=True)
-    darkness_scores(extraction.features_folder / "s.h5", path, tmp_path / "predictions" / "scores")
+    extract_features(path.parent, tmp_path / "job", tile=TileConfig(tile_px=50), quiet=True)
+    darkness_scores(next((tmp_path / "job").glob("*/features_*/s.h5")), path, tmp_path / "predictions" / "scores")
     write_text(
         tmp_path / "predictions" / "predictions.csv", "slide,slide_id,status,label,prob_dark,prediction\ns,s,done,dark,0.9,dark\n"
     )
@@ -93,7 +109,7 @@ def test_keeping_the_frame_leaves_the_files_own_coordinates(drawn, tmp_path: Pat
     _, predictions, (x, y, _, _), _ = drawn
     draw_heatmaps(
         predictions,
-        tmp_path / "slides",
+        predictions.parent / "slides",
         tmp_path / "kept",
         config=HeatmapConfig(qupath_bounds="keep", format=("geojson",)),
         quiet=True,
@@ -115,29 +131,128 @@ def test_the_picture_is_red_on_the_object_and_nowhere_else(drawn) -> None:
     assert np.allclose([columns.max() + 1, rows.max() + 1], np.array([x + width, y + height]) / per_px, atol=2)
 
 
-def test_overlapping_tiles_show_their_mean(tmp_path: Path) -> None:
-    write_hdf5(
-        tmp_path / "s.h5",
-        {"coords": Dataset(np.array([[0, 0], [50, 0]])), "contributions": Dataset(np.array([[1.0], [3.0]], np.float32))},
-        {
-            "format": "wsimil-scores",
-            "slide_id": "s",
-            "tile_level0_px": 100.0,
-            "level0_width": 150,
-            "level0_height": 100,
-            "class_names": ["c"],
-            "contribution_kind": "exact",
-        },
-    )
-    values, covered = read_tile_map(tmp_path / "s.h5").raster((150, 100))
-    assert covered.all()
-    assert (values[:, :50] == 1).all() and (values[:, 50:100] == 2).all() and (values[:, 100:] == 3).all()
+# ---------------------------------------------------------------- many slides
 
 
-def test_a_slide_that_is_not_there_is_named(tmp_path: Path, drawn) -> None:
-    _, predictions, _, _ = drawn
-    other = tmp_path / "elsewhere"
-    other.mkdir()
-    write_slide(other / "t.tiff", speckled(200, 200), mpp=0.5, downsamples=(1,))
-    wrong = draw_heatmaps(predictions, other, tmp_path / "none", quiet=True)
-    assert len(wrong) == 1 and wrong[0].startswith("s: ")
+@pytest.fixture
+def cohort(tmp_path: Path) -> Path:
+    """A folder with slides and predictions of them; none was ever extracted."""
+    return make_cohort(tmp_path, [f"s{number}" for number in range(5)])
+
+
+def make_cohort(folder: Path, names: list[str]) -> Path:
+    for number, name in enumerate(names):
+        (folder / "slides").mkdir(exist_ok=True)
+        size = (700 + 50 * (number % 3), 500)
+        write_slide(folder / "slides" / f"{name}.tiff", speckled(*size, number), mpp=0.5, compression="deflate", downsamples=(1,))
+        write_scores(folder / "predictions" / "scores" / f"{name}.h5", size)
+    rows = "".join(f"{name},{name},done,tumour,0.9,tumour\n" for name in names)
+    write_text(folder / "predictions" / "predictions.csv", "slide,slide_id,status,label,prob_tumour,prediction\n" + rows)
+    return folder
+
+
+def draw(cohort: Path, out: str = "out", *, config: HeatmapConfig | None = None, **job: object) -> list[str]:
+    return draw_heatmaps(cohort / "predictions", cohort / "slides", cohort / out, config=config, job=JobConfig(**job), quiet=True)  # type: ignore[arg-type]
+
+
+def maps(folder: Path) -> dict[str, bytes]:
+    """All that a run left, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".wsimil-output"}
+
+
+@pytest.fixture
+def breaking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsimil.heatmaps.draw._IN_READER", "heatmaps.broken_readers:draw_or_break")
+
+
+def test_how_many_draw_changes_no_byte(cohort: Path) -> None:
+    assert draw(cohort, "one", workers=1) == draw(cohort, "three", workers=3) == []
+    assert maps(cohort / "one") == maps(cohort / "three")
+    assert sorted(maps(cohort / "one")) == sorted(f"s{number}.{suffix}" for number in range(5) for suffix in ("geojson", "png"))
+
+
+def test_shards_draw_every_slide_once(cohort: Path) -> None:
+    for shard in ("1/2", "2/2"):
+        assert draw(cohort, shard[0], shard=shard, config=HeatmapConfig(format=("geojson",))) == []
+    one, two = maps(cohort / "1"), maps(cohort / "2")
+    assert not one.keys() & two.keys() and len(one) + len(two) == 5
+
+
+def test_slides_that_cannot_be_drawn_are_lines_and_the_others_are_drawn(cohort: Path) -> None:
+    (cohort / "slides" / "s0.tiff").unlink()
+    (cohort / "slides" / "s1.tiff").write_bytes(b"no slide")
+    write_slide(cohort / "slides" / "s2.tiff", speckled(300, 300), mpp=0.5, downsamples=(1,))
+    (cohort / "predictions" / "scores" / "s3.h5").write_bytes(b"no scores")
+    said: list[str] = []
+    wrong = draw_heatmaps(cohort / "predictions", cohort / "slides", cohort / "out", quiet=True, say=said.append)
+    assert wrong == said and [line.split(": ")[0] for line in wrong] == ["s0", "s1", "s2", "s3"]
+    for line, words in zip(wrong, ("not among the 4 slides", "", "another version of the slide", "s3.h5"), strict=True):
+        assert words in line and "\n" not in line
+    assert sorted(maps(cohort / "out")) == ["s4.geojson", "s4.png"]
+
+
+def test_a_slide_that_hangs_or_crashes_a_library_is_a_line(tmp_path: Path, breaking: None) -> None:
+    cohort = make_cohort(tmp_path, ["a", "b_crashes", "c_hangs", "d_trips", "e"])
+    for name in ("b_crashes", "c_hangs", "d_trips"):  # of an earlier run
+        write_text(cohort / "out" / f"{name}.png", "another model's")
+    wrong = dict(line.split(": ", 1) for line in draw(cohort, workers=2, read_timeout=4.0))
+    assert list(wrong) == ["b_crashes", "c_hangs", "d_trips"]
+    assert "SIGSEGV" in wrong["b_crashes"] and "4 s" in wrong["c_hangs"]
+    log = cohort / "out" / "logs" / "d_trips.log"
+    assert wrong["d_trips"] == f"ZeroDivisionError: in a library (see {log})" and "in slide" in log.read_text()
+    shutil.rmtree(log.parent)
+    assert sorted(maps(cohort / "out")) == ["a.geojson", "a.png", "e.geojson", "e.png"], "no old map, no half of a new one"
+
+
+def test_a_full_disk_ends_the_run_with_one_line(tmp_path: Path, breaking: None) -> None:
+    cohort = make_cohort(tmp_path, ["a_fills", "b", "c"])
+    with pytest.raises(WsimilError, match=r"out: No space left on device: .* make room") as stopped:
+        draw(cohort, workers=1)
+    assert "\n" not in str(stopped.value)
+    assert set(maps(cohort / "out")) <= {"b.png", "b.geojson"}
+
+
+def test_predictions_without_scores_are_wrong_usage(cohort: Path) -> None:
+    shutil.rmtree(cohort / "predictions" / "scores")
+    with pytest.raises(UsageError, match="wsimil predict"):
+        draw(cohort)
+
+
+def test_the_command_says_every_reason_and_ends_with_1(cohort: Path, capsys: pytest.CaptureFixture) -> None:
+    (cohort / "slides" / "s1.tiff").write_bytes(b"no slide")
+    (cohort / "slides" / "s3.tiff").unlink()
+    argv = ["heatmap", str(cohort / "predictions"), "--slides", str(cohort / "slides"), "--out", str(cohort / "out")]
+    assert main([*argv, "--workers", "1", "--read-timeout", "30", "--shard", "1/1"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert sum(line.startswith("s1: ") for line in lines) == sum(line.startswith("s3: ") for line in lines) == 1
+    assert lines[-1].startswith("2 failed: s1, s3 ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_ctrl_c_ends_readers_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    cohort = make_cohort(tmp_path, ["a", "b_hangs", "c"])
+    code = """
+import sys
+from wsimil.cli import main
+from wsimil.heatmaps import draw
+draw._IN_READER = "heatmaps.broken_readers:draw_or_break"
+sys.exit(main(["heatmap", *sys.argv[1:]]))
+"""
+    options = [str(cohort / "predictions"), "--slides", str(cohort / "slides"), "--out", str(cohort / "out")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
+    with subprocess.Popen([sys.executable, "-c", code, *options], stderr=subprocess.PIPE, text=True, env=environment) as run:
+        deadline = time.monotonic() + 60
+        while not (half := list((cohort / "out").glob(".b_hangs.tmp-*"))) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        reader = re.search(r"-(\d+)-\d+\.png$", half[0].name)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=30)
+    assert run.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    assert reader is not None and not Path("/proc", reader[1]).exists()
+    assert {Path(name).suffix for name in maps(cohort / "out")} <= {".png", ".geojson"}
+    assert not any(name.startswith(".") for name in maps(cohort / "out"))
+
+
+def test_readers_that_draw_start_light() -> None:
+    code = "import sys, wsimil.heatmaps.draw; print(*[name for name in ('torch', 'pandas', 'matplotlib') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []

@@ -17,7 +17,7 @@ import pytest
 
 from wsimil.bags.bag import read_bag
 from wsimil.bags.dataset import BagFolder
-from wsimil.config import FilterConfig, Settings, SplitConfig, TileConfig, TrainConfig
+from wsimil.config import FilterConfig, HeatmapConfig, JobConfig, Settings, SplitConfig, TileConfig, TrainConfig
 from wsimil.demo import hottest_tiles
 from wsimil.errors import EncoderMismatchError, UsageError
 from wsimil.files import read_json
@@ -136,6 +136,22 @@ def test_another_filter_redoes_all_but_the_bags(cohort: Path, study: Study, tmp_
     kept = BagFolder(copy / "bags").read(name).qc["tissue"] >= np.float32(0.9)
     np.testing.assert_array_equal(seen, kept)
     assert kept.any() and not kept.all()
+
+
+def test_slides_that_could_not_be_drawn_are_tried_again_and_named_every_time(
+    cohort: Path, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    copy = tmp_path / "study"
+    shutil.copytree(study.folder, copy)
+    changed = replace(SETTINGS, heatmap=HeatmapConfig(max_side_px=200), job=JobConfig(read_timeout=77, shard="1/1"))
+    jobs: list[JobConfig] = []
+    monkeypatch.setattr("wsimil.study.draw_heatmaps", lambda *_, job, **__: jobs.append(job) or ["a: a read did not come back"])
+    for _ in range(2):
+        again = run_study(cohort / "slides", cohort / "labels.csv", copy, settings=changed, quiet=True)
+        assert again.failed == ["a: a read did not come back"]
+    assert jobs == [JobConfig(read_timeout=77)] * 2  # all slides that have bags, whatever the shard
 
 
 def test_a_new_slide_is_predicted_by_all_folds_together(study: Study, tmp_path: Path) -> None:

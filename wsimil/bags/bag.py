@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from wsimil.errors import BagFormatError
-from wsimil.hdf5 import Dataset, is_whole, open_hdf5, plain_attributes, write_hdf5
+from wsimil.hdf5 import Dataset, StoredRows, is_whole, open_hdf5, plain_attributes, read_array, stored_rows, write_hdf5
 from wsimil.units import nominal_magnification
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Bag",
     "BagHeader",
     "Geometry",
+    "check_bag",
     "read_bag",
     "read_header",
     "read_patches",
@@ -89,12 +90,14 @@ class Bag:
 
 @dataclass(frozen=True)
 class BagHeader:
-    """What a bag says of itself, features unread."""
+    """What a bag says of itself, its rows unread but ready to be: `header.features.read()`, `read_into`, `read_rows`."""
 
     path: Path
     n_tiles: int
     dim: int
     attributes: Mapping[str, Any]
+    features: StoredRows  # (N, D)
+    coords_level0_px: StoredRows  # (N, 2), of any number type
 
     @property
     def slide_id(self) -> str:
@@ -141,14 +144,24 @@ def read_header(path: Path) -> BagHeader:
         return _header(Path(path), file)
 
 
+def check_bag(path: Path) -> BagHeader:
+    """As `read_header`; all but the features, which are too much to read for that, is compared with its checksums, too."""
+    with open_hdf5(path) as file:
+        header = _header(Path(path), file)
+        _scores(header, file)
+        read_array(file["coords"])
+        plain_attributes(file["features"])  # whether they can be read, and what they are checked by later
+        return header
+
+
 def read_bag(path: Path) -> Bag:
     """The whole bag. Raises BagFormatError as `read_header` does."""
     with open_hdf5(path) as file:
         header = _header(Path(path), file)
         valid, qc = _scores(header, file)
         return Bag(
-            features=file["features"][()],
-            coords_level0_px=file["coords"][()].astype(np.int64),
+            features=read_array(file["features"]),
+            coords_level0_px=read_array(file["coords"]).astype(np.int64),
             valid=valid,
             qc=qc,
             attributes=header.attributes,
@@ -162,11 +175,11 @@ def read_scores(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def _scores(header: BagHeader, file: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    valid = file["valid"][()].astype(bool) if "valid" in file else np.ones(header.n_tiles, bool)
+    valid = read_array(file["valid"]).astype(bool) if "valid" in file else np.ones(header.n_tiles, bool)
     if int((~valid).sum()) != header.attributes["n_invalid"]:
         stated = header.attributes["n_invalid"]
         raise BagFormatError(f"{header.path}: n_invalid is {stated}, but {(~valid).sum()} rows are not valid")
-    return valid, {name: values[()] for name, values in file["qc"].items()} if "qc" in file else {}
+    return valid, {name: read_array(values) for name, values in file["qc"].items()} if "qc" in file else {}
 
 
 def _header(path: Path, file: Any) -> BagHeader:
@@ -183,9 +196,9 @@ def _header(path: Path, file: Any) -> BagHeader:
     if not ours:
         attributes = _trident_attributes(path, file) | attributes
     if "n_invalid" not in attributes:
-        attributes["n_invalid"] = int((~file["valid"][()].astype(bool)).sum()) if "valid" in file else 0
+        attributes["n_invalid"] = int((~read_array(file["valid"]).astype(bool)).sum()) if "valid" in file else 0
     n_tiles, dim = file["features"].shape
-    return BagHeader(path, n_tiles, dim, attributes)
+    return BagHeader(path, n_tiles, dim, attributes, stored_rows(file["features"]), stored_rows(file["coords"]))
 
 
 def _check_finished(path: Path, attributes: Mapping[str, Any]) -> None:
@@ -240,7 +253,7 @@ def read_patches(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], dict[st
         if "coords" not in file or "qc" not in file:
             raise BagFormatError(f"{path}: no datasets `coords` and `qc`; delete it and tile again")
         _check_parts(path, {"coords": file["coords"], **_qc_parts(file["qc"])})
-        return file["coords"][()], {name: values[()] for name, values in file["qc"].items()}, attributes
+        return read_array(file["coords"]), {name: read_array(values) for name, values in file["qc"].items()}, attributes
 
 
 def _qc_parts(qc: Any) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 - All bags must come from the same encoder and scale; two that differ are an error that names them.
 - Bags are kept in memory up to a limit and read from their files beyond it: results are the same.
+- A bag is checked once: its parts when it is found, its values when they are first loaded whole. From then on only its rows
+  are read, and a file that was replaced is refused.
 - Rows that are not valid, or that the filter leaves out, never reach a model; a slide left without rows is an empty one.
 """
 
@@ -9,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from wsimil.bags.bag import Bag, BagHeader, read_bag, read_header, read_scores
+from wsimil.bags.bag import Bag, BagHeader, read_header, read_scores
 from wsimil.bags.filter import NO_FILTER, kept_tiles
 from wsimil.batch import BagBatch
 from wsimil.config import FilterConfig
@@ -46,7 +49,7 @@ def find_features_folder(folder: str | Path) -> Path:
 
 
 class BagFolder:
-    """The bags of one features folder, by slide id.
+    """The bags of one features folder, by slide id. Threads may share it; a copy in another process has an empty cache.
 
     Args:
         folder: a job folder or a `features_*` folder.
@@ -72,8 +75,12 @@ class BagFolder:
                 names = f"{other.path.name} and {header.path.name}"
                 raise BagFormatError(f"{self.folder}: {names} are both of slide {header.slide_id}; remove one")
         self._kept: dict[str, np.ndarray] = {}
+        self._checked: set[str] = set()
         self._cache: dict[str, Bag] = {}
-        self._cache_left = cache_bytes
+        self._cache_bytes = self._cache_left = cache_bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_cache": {}, "_cache_left": self._cache_bytes}
 
     @property
     def slide_ids(self) -> list[str]:
@@ -120,45 +127,64 @@ class BagFolder:
         return f"{header.attributes.get('slide_fingerprint', '')}:{header.attributes['recipe_hash']}:{header.n_tiles}"
 
     def read(self, slide_id: str) -> Bag:
-        """The bag as stored."""
-        if slide_id in self._cache:
-            return self._cache[slide_id]
-        bag = read_bag(self.headers[slide_id].path)
-        size = bag.features.nbytes + bag.coords_level0_px.nbytes
-        if size <= self._cache_left:
-            self._cache_left -= size
-            self._cache[slide_id] = bag
+        """The bag as stored, compared with its checksums. Raises BagFormatError if it differs, or its file was replaced."""
+        if cached := self._cache.get(slide_id):
+            return cached
+        header = self.headers[slide_id]
+        valid, qc = read_scores(header.path)
+        coords = header.coords_level0_px.read_checked().astype(np.int64, copy=False)
+        bag = Bag(header.features.read_checked(), coords, valid, qc, header.attributes)
+        if self._fits(header) and self._cache.setdefault(slide_id, bag) is bag:
+            self._cache_left -= _size(header)
         return bag
 
-    def load(self, slide_id: str) -> BagBatch:
+    def load(self, slide_id: str, *, rows: np.ndarray | None = None) -> BagBatch:
         """The usable tiles of a slide as a batch of one bag; features in float32, positions where the scale is known.
 
+        Args:
+            slide_id: which slide.
+            rows: which of its usable tiles, counted from 0, in any order; all of them if not given. Only these are read.
+
         Raises:
-            BagFormatError: a usable tile holds NaN or infinity.
+            BagFormatError: one of the tiles holds NaN or infinity, or as `read` does when all tiles are loaded first.
+            IndexError: a row that the slide lacks.
             UsageError: as `kept` does.
         """
-        bag, keep = self.read(slide_id), self.kept(slide_id)
-        # always a copy: what a model does to its batch must not reach the cache
-        features = (bag.features if keep.all() else bag.features[keep]).astype(np.float32)
-        if not np.isfinite(features).all():
-            row = np.flatnonzero(keep)[~np.isfinite(features).all(axis=1)][0]
-            raise BagFormatError(
-                f"{self.headers[slide_id].path}: the features of tile {row} are NaN or infinite; "
-                "extract again, in fp32 if they came out of half precision"
-            )
-        mpp, tile_level0_px = bag.attributes.get("mpp"), bag.attributes.get("tile_level0_px")
+        header, bag = self.headers[slide_id], self._cache.get(slide_id)
+        if bag is None and rows is None and (slide_id not in self._checked or self._fits(header)):
+            bag = self.read(slide_id)
+        keep = self.kept(slide_id)
+        picked = np.flatnonzero(keep)
+        if rows is not None:
+            picked = picked[rows]
+        elif len(picked) == len(keep):
+            picked = None  # in one piece is faster
+        if bag is None:
+            stored, coords = header.features.read(picked), header.coords_level0_px.read(picked)
+        else:
+            parts = bag.features, bag.coords_level0_px
+            stored, coords = parts if picked is None else (part[picked] for part in parts)
+        features = _widened(stored, shared=bag is not None and picked is None)
+        if slide_id not in self._checked:
+            _check_finite(features, picked, header.path)
+            if rows is None:
+                self._checked.add(slide_id)
+        mpp, tile_level0_px = header.attributes.get("mpp"), header.attributes.get("tile_level0_px")
         coords_um = tile_um = None
         if mpp and tile_level0_px:
-            centre = (bag.coords_level0_px[keep] + float(tile_level0_px) / 2) * float(mpp)
+            centre = (coords + float(tile_level0_px) / 2) * float(mpp)
             coords_um = torch.from_numpy(centre.astype(np.float32))
             tile_um = torch.tensor([float(tile_level0_px) * float(mpp)])
         return BagBatch(
-            features=torch.from_numpy(features),
+            features=features,
             offsets=torch.tensor([0, len(features)]),
             coords_um=coords_um,
             tile_um=tile_um,
             slide_ids=(slide_id,),
         )
+
+    def _fits(self, header: BagHeader) -> bool:
+        return header.slide_id not in self._cache and _size(header) <= self._cache_left
 
     def moments(self, slide_ids: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation (D,) of the features over all tiles of these slides, each slide weighing the same."""
@@ -177,6 +203,28 @@ class BagFolder:
         # a feature that never varies carries nothing: leave it at zero instead of blowing up its noise
         deviation[deviation < 1e-6 * (1 + np.abs(mean))] = np.inf
         return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(deviation.astype(np.float32))
+
+
+def _size(header: BagHeader) -> int:
+    return header.features.nbytes + header.n_tiles * 2 * np.dtype(np.int64).itemsize
+
+
+def _check_finite(features: torch.Tensor, picked: np.ndarray | None, path: Path) -> None:
+    # the sum of a bag shows in one pass whether to look closer: it may overflow, but it misses nothing
+    if not features.sum().isfinite() and not (finite := features.isfinite().all(1).numpy()).all():
+        row = np.flatnonzero(~finite)[0] if picked is None else picked[~finite][0]
+        raise BagFormatError(
+            f"{path}: the features of tile {row} are NaN or infinite; extract again, in fp32 if they came out of half precision"
+        )
+
+
+def _widened(features: np.ndarray, *, shared: bool) -> torch.Tensor:
+    """In float32, and a copy where the memory is shared: what a model does to its batch must not reach the cache."""
+    if features.dtype != np.float16:
+        return torch.from_numpy(features.astype(np.float32, copy=shared))
+    # torch converts half precision ten times as fast as numpy does, and numpy's memory comes in large pages
+    wide = torch.from_numpy(np.empty(features.shape, np.float32))
+    return wide.copy_(torch.from_numpy(features))
 
 
 def _check_same_encoder(headers: list[BagHeader]) -> None:

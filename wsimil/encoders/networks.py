@@ -3,6 +3,7 @@
 - `ctranspath` is timm's Swin-T with a convolutional stem (Wang 2022); `conch_v1_5` a ViT-L whose tokens are pooled by one
   attention query (Lu 2024, Ding 2024). Both keep the parameter names of the published weights.
 - Nothing is downloaded here. Weights are random until `weights.py` fills them in.
+- timm is imported when it is needed: that takes as long as importing all the rest.
 """
 
 from __future__ import annotations
@@ -10,18 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers.mlp import SwiGLUPacked
-from timm.models.vision_transformer import checkpoint_filter_fn as fit_to_vit
 from torch import Tensor, nn
 
 from wsimil.errors import EncoderError
 
 __all__ = ["build_network"]
-
-_LAYERS: dict[str, Any] = {"swiglu": SwiGLUPacked, "silu": nn.SiLU}
 
 
 def build_network(architecture: str, model_args: Mapping[str, Any]) -> nn.Module:
@@ -30,10 +26,14 @@ def build_network(architecture: str, model_args: Mapping[str, Any]) -> nn.Module
     Raises:
         EncoderError: timm does not know the architecture, or it does not take the arguments.
     """
+    import timm
+    from timm.layers.mlp import SwiGLUPacked
+
     make = {"ctranspath": _ctranspath, "conch_v1_5": _ConchTower}.get(architecture)
     if make is None and not timm.is_model(architecture):
         raise EncoderError(f"architecture {architecture!r} is not one that timm {timm.__version__} can build")
-    arguments = {key: _LAYERS.get(value, value) if isinstance(value, str) else value for key, value in model_args.items()}
+    layers: dict[str, Any] = {"swiglu": SwiGLUPacked, "silu": nn.SiLU}
+    arguments = {key: layers.get(value, value) if isinstance(value, str) else value for key, value in model_args.items()}
     try:
         if make is not None:
             return make(**arguments).eval()
@@ -43,6 +43,8 @@ def build_network(architecture: str, model_args: Mapping[str, Any]) -> nn.Module
 
 
 def _ctranspath() -> nn.Module:
+    import timm
+
     swin: Any = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, num_classes=0)
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 12), (12, 24)):
@@ -57,6 +59,8 @@ class _ConchTower(nn.Module):
     num_features = 768
 
     def __init__(self) -> None:
+        import timm
+
         super().__init__()
         self.trunk: Any = timm.create_model("vit_large_patch16_224", num_classes=0, img_size=448, init_values=1.0)
         self.attn_pool_contrast = _QueryPool(1024, self.num_features, heads=8)
@@ -64,6 +68,8 @@ class _ConchTower(nn.Module):
 
     def fit_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resample the position embedding of a checkpoint made for another input size."""
+        from timm.models.vision_transformer import checkpoint_filter_fn as fit_to_vit
+
         inside = {key.removeprefix("trunk."): value for key, value in state.items() if key.startswith("trunk.")}
         rest = {key: value for key, value in state.items() if not key.startswith("trunk.")}
         return rest | {f"trunk.{key}": value for key, value in fit_to_vit(inside, self.trunk).items()}

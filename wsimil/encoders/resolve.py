@@ -20,8 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import timm
-
 from wsimil.config import nearest
 from wsimil.encoders.contract import EncoderContract, Interpolation, Pooling
 from wsimil.encoders.hub import fetch
@@ -90,7 +88,7 @@ def resolve(name: str) -> Request:
         raise EncoderWeightsError(f"encoder {name}: no such file or folder; a model on the hub is written hf-hub:org/model")
     known_names = [TEXTURE.name, *ENCODERS, *(alias for entry in ENCODERS.values() for alias in entry.aliases)]
     raise EncoderError(
-        f"encoder {name!r} is unknown{nearest(plain, known_names) or nearest(plain, timm.list_models())} "
+        f"encoder {name!r} is unknown{nearest(plain, known_names) or nearest(plain, _timm_names())} "
         "(names: `wsimil encoders`; or a timm name, hf-hub:org/model, a local file or folder, random:<timm name>)"
     )
 
@@ -106,19 +104,29 @@ def _at(entry: EncoderEntry, revision: str) -> EncoderEntry:
 def _random(name: str) -> Request:
     architecture, _, seed = name.removeprefix(_RANDOM_PREFIX).partition(":")
     if not _timm_knows(architecture):
-        raise EncoderError(f"encoder {name}: {architecture!r} is not a timm model{nearest(architecture, timm.list_models())}")
+        raise EncoderError(f"encoder {name}: {architecture!r} is not a timm model{nearest(architecture, _timm_names())}")
     if seed and not seed.isdigit():
         raise EncoderError(f"encoder {name}: the seed is {seed!r}; expected a whole number, as in random:{architecture}:0")
     entry = _timm_entry(architecture)
     return Request(replace(entry, contract=replace(entry.contract, name=name, licence="", source="random")), seed=int(seed or 0))
 
 
+def _timm_names() -> list[str]:
+    import timm
+
+    return timm.list_models()
+
+
 def _timm_knows(name: str) -> bool:
+    import timm
+
     architecture, _, tag = name.partition(".")
     return timm.is_model(architecture) and (not tag or timm.models.is_model_pretrained(name))
 
 
 def _timm_entry(name: str) -> EncoderEntry:
+    import timm
+
     config = timm.models.get_pretrained_cfg(name)
     facts = config.to_dict() if config is not None else {}
     files = (facts["hf_hub_filename"],) if facts.get("hf_hub_filename") else ("model.safetensors", "pytorch_model.bin")

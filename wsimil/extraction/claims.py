@@ -23,6 +23,8 @@ __all__ = ["TTL_S", "Claims"]
 
 TTL_S = 120.0
 _REFRESH_S = 20.0
+_EMPTY_TTL_S = 2.0
+"""A claim is written a moment after it is made: an empty one's run was killed in between."""
 
 _LIVE: set[str] = set()
 """Tokens of this process's claims: runs in two threads of one process keep apart, too."""
@@ -61,7 +63,10 @@ class Claims:
 
     def holder(self, slide_id: str) -> str:
         """Who has a slide, for a message."""
-        claim = _read(self._folder / f"{slide_id}.json") or {}
+        try:
+            claim = _understood((self._folder / f"{slide_id}.json").read_bytes())
+        except OSError:
+            claim = {}
         return f"process {claim.get('pid', '?')} on {str(claim.get('machine', '?')).split('/')[0]}"
 
     def release(self, slide_id: str) -> None:
@@ -96,15 +101,19 @@ class Claims:
             except FileNotFoundError:  # the last of the others has tidied up
                 self._folder.mkdir(parents=True, exist_ok=True)
                 continue
+            _LIVE.add(token)  # before anybody can read it
             try:
                 os.write(handle, content.encode())
+            except BaseException:
+                _LIVE.discard(token)
+                path.unlink(missing_ok=True)
+                raise
             finally:
                 os.close(handle)
             return token
         return None
 
     def _keep(self, slide_id: str, path: Path, token: str) -> None:
-        _LIVE.add(token)
         self._mine[slide_id] = path, token
         self._seen.pop(slide_id, None)
         if self._refresher is None:
@@ -123,7 +132,7 @@ class Claims:
             looks = (path.stat().st_mtime_ns, path.read_bytes())
         except OSError:
             return False  # released this moment: the next try gets it
-        claim = _read(path) or {}
+        claim = _understood(looks[1])
         if claim.get("machine") == self._me["machine"]:
             pid = int(claim.get("pid", 0))
             if process_start(pid) != claim.get("process_start"):
@@ -134,12 +143,12 @@ class Claims:
         if before != looks:
             self._seen[slide_id] = (looks, time.monotonic())
             return False
-        return time.monotonic() - since > TTL_S
+        return time.monotonic() - since > (TTL_S if looks[1] else _EMPTY_TTL_S)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _understood(content: bytes) -> dict[str, Any]:
     try:
-        claim = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return claim if isinstance(claim, dict) else None
+        claim = json.loads(content)
+    except ValueError:
+        return {}
+    return claim if isinstance(claim, dict) else {}

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import sys
 import time
 import traceback
@@ -32,7 +34,7 @@ from wsimil.slides.cohort import SlideFile
 
 __all__ = ["Stage", "run_slides"]
 
-_NO_MORE_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+NO_MORE_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _LOOK_AGAIN_S = 1.0
 
 
@@ -99,6 +101,24 @@ def run_slides(
         OSError: the folder cannot be written to.
         KeyboardInterrupt: after the status was written.
     """
+    try:
+        return _run_slides(job, slides, stage, config, tile_bytes, quiet)
+    except OSError as error:
+        raise (_no_more_room(job, error) or error) from error
+
+
+def _no_more_room(job: Job, error: Exception) -> WsimilError | None:
+    """The end of a run whose folder can hold no more; None for any other error."""
+    code = getattr(error, "errno", None)
+    if code not in NO_MORE_SPACE:
+        return None
+    way_out = (
+        "choose another --out" if code == errno.EROFS else "make room and run the same command again: it goes on where it stopped"
+    )
+    return WsimilError(f"{job.folder}: {os.strerror(code)}: nothing more can be written there; {way_out}")
+
+
+def _run_slides(job: Job, slides: list[SlideFile], stage: Stage, config: JobConfig, tile_bytes: int, quiet: bool) -> list[Row]:
     shard = config.shard_of()
     mine = [slide for position, slide in enumerate(slides) if position % shard[1] == shard[0] - 1]
     books = Books(job, stage=stage.name, request=stage.request, n_slides=len(mine), shard=shard)
@@ -112,9 +132,13 @@ def run_slides(
         ):
             run = _Run(job, stage, books, claims, pool, deque(mine), bar, partial(_say, bar, quiet))
             run.work()
+    except BaseException:
+        with contextlib.suppress(OSError):  # what went wrong first is what is told
+            books.close()
+        raise
     finally:
         bar.close()
-        books.close()
+    books.close()
     return [run.rows[slide.slide_id] for slide in mine]
 
 
@@ -201,7 +225,8 @@ class _Run:
             if event.text not in slide.remarks:
                 slide.remarks.append(event.text)
                 self._books.remark(slide.file.slide_id, event.text)
-                self._say(f"{slide.file.slide_id}: {event.text}")
+                if event.loud:
+                    self._say(f"{slide.file.slide_id}: {event.text}")
         elif isinstance(event, Filled):
             try:
                 self._n_tiles += self._stage.pixels(slide.file, event.content, event.memory)
@@ -239,12 +264,8 @@ class _Run:
             self._reading.extend(Call(slide.file.slide_id, *call) for call in result)
 
     def _unforeseen(self, slide: _Started, error: Exception) -> None:
-        code = getattr(error, "errno", None)
-        if code in _NO_MORE_SPACE:
-            raise WsimilError(
-                f"{self._job.folder}: {error}; nothing more can be written there. "
-                "Make room and run the same command again: it goes on where it stopped"
-            ) from error
+        if (stop := _no_more_room(self._job, error)) is not None:
+            raise stop from error
         reason = str(error) if isinstance(error, OSError | ReaderCrash) else f"{type(error).__name__}: {error}"
         trace = error.trace if isinstance(error, ReaderCrash) else "".join(traceback.format_exception(error))
         try:
@@ -261,13 +282,15 @@ class _Run:
         self._finish(Row(file.name, file.slide_id, "failed", " ".join(reason.split())))
 
     def _finish(self, row: Row) -> None:
-        slide = self._open.pop(row.slide_id)
-        row = Row(row.slide, row.slide_id, row.status, row.reason, row.n_tiles, time.monotonic() - slide.started)
-        self.rows[row.slide_id] = row
+        started = self._open[row.slide_id].started
+        row = Row(row.slide, row.slide_id, row.status, row.reason, row.n_tiles, time.monotonic() - started)
         try:
             self._books.add(row)
-        finally:
-            self._claims.release(row.slide_id)
+        except OSError as error:  # no slide's fault
+            raise _no_more_room(self._job, error) or WsimilError(f"{self._job.folder}: cannot be written to: {error}") from error
+        del self._open[row.slide_id]
+        self.rows[row.slide_id] = row
+        self._claims.release(row.slide_id)
         if row.status == "failed":
             self._say(f"{row.slide_id}: failed: {row.reason}")
         self._bar.update()

@@ -25,6 +25,8 @@ from wsimil.extraction.pixels import Prepared, TilePixels, Wanted, WantedBag
 from wsimil.extraction.tile import too_small
 from wsimil.files import write_text
 from wsimil.slides.cohort import SlideFile, find_slides
+from wsimil.slides.direct import DCT_RESAMPLER
+from wsimil.slides.slide import RESAMPLER
 from wsimil.slides.stain import StainTarget, stain_normaliser
 from wsimil.slides.tiles import MAX_INVALID
 
@@ -103,9 +105,10 @@ def extract_features(
     request = {
         "tile": asdict(tile),
         "bags": [dict(bag.recipe) for bag in bags],
+        "decode": extract.decode,
         "stain": stain.recipe() if stain else None,
     }
-    wanted = Wanted(folder, tile, bags, stain, request, job.retry_failed, extract.overwrite_stale)
+    wanted = Wanted(folder, tile, bags, extract.decode == "dct", stain, request, job.retry_failed, extract.overwrite_stale)
     rows = run_slides(
         folder,
         files,
@@ -165,6 +168,7 @@ class _ExtractStage(Stage):
                     start,
                     tiles.tile_level0_px,
                     side,
+                    self._wanted.dct_scaled,
                     value.stain,
                 ),
             )
@@ -244,6 +248,7 @@ class _ExtractStage(Stage):
                 qc=slide.qc,
                 attributes={
                     **tiled.attributes,
+                    "resampler": DCT_RESAMPLER if self._wanted.dct_scaled else RESAMPLER,
                     **(prepared.stain.attributes() if prepared.stain else {}),
                     "recipe_hash": prepared.recipe_hashes[number],
                     "encoder": contract.name,

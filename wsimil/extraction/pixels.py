@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsimil.bags.bag import read_header
+from wsimil.bags.bag import check_bag
 from wsimil.config import TileConfig
 from wsimil.errors import BagFormatError, StaleBagError
 from wsimil.extraction.job import Job
 from wsimil.extraction.tile import TiledSlide, roi_file, tile_recipe, tile_slide
 from wsimil.files import hash_of
 from wsimil.slides.cohort import SlideFile
+from wsimil.slides.direct import DCT_RESAMPLER
 from wsimil.slides.quality import QUALITY_VERSION, tile_quality
 from wsimil.slides.slide import RESAMPLER, Slide
 from wsimil.slides.stain import SlideStain, StainNormaliser, sample_rows
-from wsimil.slides.tiles import read_tiles
 from wsimil.slides.tiling import resolve_scale
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Wanted:
     job: Job
     tile: TileConfig
     bags: tuple[WantedBag, ...]
+    dct_scaled: bool
     stain: StainNormaliser | None
     request: Mapping[str, Any]
     retry_failed: bool
@@ -94,7 +95,7 @@ def prepare(reading: Reading, file: SlideFile, wanted: Wanted) -> Prepared:
         if not missing:
             return Prepared(slide_fingerprint, hashes, (), counts[0] or 0, None)
         tiled = tile_slide(slide, file, wanted.job, wanted.tile, slide_fingerprint=slide_fingerprint)
-        stain = _fit_stain(slide, tiled, wanted) if wanted.stain and len(tiled.tiles.coords_level0_px) else None
+        stain = _fit_stain(reading, slide, tiled, wanted) if wanted.stain and len(tiled.tiles.coords_level0_px) else None
         return Prepared(slide_fingerprint, hashes, missing, len(tiled.tiles.coords_level0_px), tiled, stain)
 
 
@@ -106,28 +107,29 @@ def read_pixels(
     first: int,
     tile_level0_px: float,
     tile_px: int,
+    dct_scaled: bool,
     stain: SlideStain | None,
 ) -> None:
     """Fill memory with consecutive tiles of a slide; `first` is the row of the first of them."""
     slide = reading.slide(file, fallback_mpp)
+    walk = reading.tiles(slide, tile_level0_px=tile_level0_px, tile_px=tile_px, dct_scaled=dct_scaled).walk(coords_level0_px)
     done = 0
     while done < len(coords_level0_px):
         slot, memory = reading.slot(tile_px)
-        coords = coords_level0_px[done : done + len(memory)]
-        pixels = memory[: len(coords)]
-        failures = read_tiles(slide, coords, tile_level0_px=tile_level0_px, out=pixels)
+        pixels = memory[: len(coords_level0_px) - done]
+        failures = walk.read(pixels)
+        failed = [row - done for row in failures]
         qc = tile_quality(pixels)
         for values in qc.values():
-            values[list(failures)] = np.nan
+            values[failed] = np.nan
         if stain is not None:
             pixels[:] = stain(pixels)
-            pixels[list(failures)] = 0
-        start = first + done
-        reading.filled(slot, TilePixels(start, len(coords), {start + row: why for row, why in failures.items()}, qc))
-        done += len(coords)
+            pixels[failed] = 0
+        reading.filled(slot, TilePixels(first + done, len(pixels), {first + row: why for row, why in failures.items()}, qc))
+        done += len(pixels)
 
 
-def _fit_stain(slide: Slide, tiled: TiledSlide, wanted: Wanted) -> SlideStain:
+def _fit_stain(reading: Reading, slide: Slide, tiled: TiledSlide, wanted: Wanted) -> SlideStain:
     """The slide's own stain, from a sample of its tiles."""
     assert wanted.stain is not None
     tiles, side = tiled.tiles, wanted.tile.tile_px
@@ -135,7 +137,8 @@ def _fit_stain(slide: Slide, tiled: TiledSlide, wanted: Wanted) -> SlideStain:
     rows = clean if len(clean) else np.arange(len(tiles.coords_level0_px))
     coords = tiles.coords_level0_px[rows[sample_rows(len(rows))]]
     sample = np.empty((len(coords), side, side, 3), np.uint8)
-    failures = read_tiles(slide, coords, tile_level0_px=tiles.tile_level0_px, out=sample)
+    reader = reading.tiles(slide, tile_level0_px=tiles.tile_level0_px, tile_px=side, dct_scaled=wanted.dct_scaled)
+    failures = reader.walk(coords).read(sample)
     return wanted.stain.fit(np.delete(sample, list(failures), axis=0))
 
 
@@ -144,7 +147,12 @@ def _recipe_hashes(slide: Slide, file: SlideFile, wanted: Wanted) -> tuple[str, 
     recipe = tile_recipe(wanted.tile, scale, roi_file(wanted.tile, file.slide_id))
     if wanted.stain is not None:
         recipe["stain"] = wanted.stain.recipe()
-    return tuple(hash_of({**recipe, "resampler": RESAMPLER, "quality": QUALITY_VERSION, **bag.recipe}) for bag in wanted.bags)
+    return tuple(
+        hash_of(
+            {**recipe, "resampler": DCT_RESAMPLER if wanted.dct_scaled else RESAMPLER, "quality": QUALITY_VERSION, **bag.recipe}
+        )
+        for bag in wanted.bags
+    )
 
 
 def _n_tiles_done(path: Path, recipe_hash: str, slide_fingerprint: str, overwrite_stale: bool) -> int | None:
@@ -152,7 +160,7 @@ def _n_tiles_done(path: Path, recipe_hash: str, slide_fingerprint: str, overwrit
     if not path.exists():
         return None
     try:
-        header = read_header(path)
+        header = check_bag(path)
     except BagFormatError:
         return None  # what a crash or a full disk left: made anew
     if header.attributes.get("recipe_hash") != recipe_hash:

@@ -78,6 +78,7 @@ class Remark:
 
     call: Call
     text: str
+    loud: bool = True  # false: for the manifest only
 
 
 class ReaderCrash(Exception):
@@ -161,8 +162,8 @@ class ReaderPool:
         call = reader.call
         if call is None or kind == "alive":
             return None
-        if kind == "remark":
-            return Remark(call, content[0])
+        if kind in ("remark", "note"):
+            return Remark(call, content[0], loud=kind == "remark")
         if kind == "filled":
             slot, word = content
             reader.free_slots -= 1

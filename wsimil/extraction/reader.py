@@ -29,6 +29,7 @@ import numpy as np
 from wsimil.errors import SlideError
 from wsimil.slides.cohort import SlideFile
 from wsimil.slides.slide import Slide
+from wsimil.slides.tiles import TileReader, open_tiles
 
 __all__ = ["Reading"]
 
@@ -43,6 +44,7 @@ class Reading:
         self._memory, self._slot_bytes, self._send = memory, slot_bytes, send
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._slides: OrderedDict[tuple, Slide] = OrderedDict()
+        self._tiles: tuple[tuple, TileReader] | None = None
         self._last_sign = 0.0
 
     def alive(self) -> None:
@@ -65,7 +67,18 @@ class Reading:
             self._slides.popitem(last=False)[1].close()
         return self._slides[key]
 
+    def tiles(self, slide: Slide, *, tile_level0_px: float, tile_px: int, dct_scaled: bool) -> TileReader:
+        """The reader of a slide's tiles, kept as long as the slide is open. Where it is not the direct one, a remark says why."""
+        key = (slide, tile_level0_px, tile_px, dct_scaled)
+        if self._tiles is None or self._tiles[0] != key:
+            reader, reason = open_tiles(slide, tile_level0_px=tile_level0_px, tile_px=tile_px, dct_scaled=dct_scaled)
+            if reason is not None:
+                self._send("note", f"read through OpenSlide or Pillow: {reason}")
+            self._tiles = key, reader
+        return self._tiles[1]
+
     def forget_slides(self) -> None:
+        self._tiles = None
         while self._slides:
             self._slides.popitem()[1].close()
 

@@ -1,0 +1,167 @@
+"""Maps of many slides, drawn side by side by the processes that also read slides for extraction.
+
+- A slide that cannot be drawn, hangs for `--read-timeout` seconds or crashes a library is a line with a reason, and keeps no map of
+  an earlier run: that could be another model's. The others are drawn.
+- How many draw at a time changes no byte of what is written.
+- A folder that can hold no more ends the run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wsimil.config import HeatmapConfig, JobConfig
+from wsimil.errors import SlideError, UsageError, WsimilError
+from wsimil.extraction.engine import NO_MORE_SPACE
+from wsimil.extraction.pool import Call, Done, Failed, ReaderCrash, ReaderPool, reader_count
+from wsimil.files import atomic_path, mark_output, sweep_temporary_files, write_text
+from wsimil.heatmaps.geojson import tiles_geojson
+from wsimil.heatmaps.picture import overlay
+from wsimil.heatmaps.tile_map import TileMap, read_tile_map
+from wsimil.progress import progress
+from wsimil.slides.cohort import SlideFile, find_slides
+from wsimil.slides.slide import Slide
+
+if TYPE_CHECKING:
+    from wsimil.extraction.reader import Reading
+
+__all__ = ["draw_heatmaps"]
+
+_IN_READER = "wsimil.heatmaps.draw:draw_in_reader"
+_Z_RLE = 3
+"""zlib's strategy for filtered pictures: a tenth smaller and nearly twice as fast as its default on slides."""
+
+
+def draw_heatmaps(
+    predictions: str | Path,
+    slides: str | Path,
+    out: str | Path,
+    *,
+    config: HeatmapConfig | None = None,
+    job: JobConfig | None = None,
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> list[str]:
+    """Write `<slide_id>.png` and `<slide_id>.geojson` for every slide (of the shard) that has tile scores.
+
+    Args:
+        predictions: folder with `predictions.csv` and `scores/`.
+        slides: where the slides are: folder, slide or CSV.
+        out: where to write.
+        say: is told what went wrong, too.
+
+    Returns:
+        What went wrong, a line per slide: it is not there, is not the one that was predicted, or cannot be read.
+
+    Raises:
+        UsageError: no predictions, no scores or no slides.
+        WsimilError: readers cannot be started, or the folder can hold no more.
+    """
+    from wsimil.evaluation.table import read_predictions  # pandas: not for the readers, who pass through this module
+
+    config, job = config or HeatmapConfig(), job or JobConfig()
+    predictions, out = Path(predictions), Path(out)
+    table = read_predictions(predictions / "predictions.csv")
+    rows: dict[str, dict[str, Any]] = {row["slide_id"]: row for row in table.to_dict("records")}
+    scores = sorted(path for path in (predictions / "scores").glob("*.h5") if not path.name.startswith("."))
+    if not scores:
+        raise UsageError(f"{predictions}: no scores/*.h5 in it; `wsimil predict` makes them")
+    number, n_shards = job.shard_of()
+    scores = scores[number - 1 :: n_shards]
+    files = {file.slide_id: file for file in find_slides(slides)}
+    mark_output(out)
+    wrong = {path.stem: f"not among the {len(files)} slides of {slides}" for path in scores if path.stem not in files}
+    calls = deque(
+        Call(path.stem, _IN_READER, (path, files[path.stem], rows.get(path.stem, {}), out, config))
+        for path in scores
+        if path.stem in files
+    )
+    count = min(reader_count(job.workers), -(-len(calls) // 2))  # starting one takes as long as drawing two
+    bar = progress(scores, "heatmap", unit="slide", quiet=quiet)
+    bar.update(len(wrong))
+    try:
+        with ReaderPool(count, timeout=job.read_timeout) as pool:
+            while calls or pool.busy:
+                while calls and pool.has_idle:
+                    pool.start(calls.popleft())
+                event = pool.next(1.0)
+                if isinstance(event, Failed):
+                    wrong[str(event.call.key)] = _reason(event.error, str(event.call.key), out)
+                bar.update(isinstance(event, Done | Failed))
+    finally:
+        bar.close()
+        sweep_temporary_files(out)  # of readers that were ended in the middle of a file
+    lines = [f"{path.stem}: {wrong[path.stem]}" for path in scores if path.stem in wrong]
+    for line in lines:
+        say(line)
+    return lines
+
+
+def _reason(error: Exception, slide_id: str, out: Path) -> str:
+    """Why a slide was not drawn, on one line.
+
+    Raises:
+        WsimilError: no other will be either.
+    """
+    reason = " ".join(str(error).split())
+    if not isinstance(error, ReaderCrash):
+        return reason
+    if error.errno in NO_MORE_SPACE:
+        raise WsimilError(
+            f"{out}: {os.strerror(error.errno)}: nothing more can be written there; make room or choose another --out, "
+            "and run the same command again"
+        )
+    log = out / "logs" / f"{slide_id}.log"
+    write_text(log, error.trace)
+    return f"{reason} (see {log})"
+
+
+def draw_in_reader(
+    reading: Reading, scores: Path, file: SlideFile, row: Mapping[str, Any], out: Path, config: HeatmapConfig
+) -> None:
+    """One slide of `draw_heatmaps`, in a process of its own. `row` is the slide's in the predictions, if it has one."""
+    try:
+        for suffix in config.format:
+            (out / f"{file.slide_id}.{suffix}").unlink(missing_ok=True)
+        predicted = str(row["prediction"]) if "prediction" in row else None
+        tile_map = read_tile_map(scores, config.map, class_name=predicted)
+        if "png" in config.format:
+            picture = _picture(reading.slide(file, None), tile_map, config.max_side_px)
+            reading.alive()
+            with atomic_path(out / f"{file.slide_id}.png") as temporary:
+                image = overlay(picture, tile_map, _caption(tile_map, row))
+                image.save(temporary, compress_level=1, compress_type=_Z_RLE)
+            reading.alive()
+        if "geojson" in config.format:
+            origin = tile_map.bounds if config.qupath_bounds == "auto" else (0, 0)
+            write_text(out / f"{file.slide_id}.geojson", tiles_geojson(tile_map, origin=origin))
+    except SlideError:
+        raise
+    except WsimilError as error:  # a scores file is as much a matter of the slide as its pixels are
+        raise SlideError(str(error)) from error
+
+
+def _picture(slide: Slide, tile_map: TileMap, max_side_px: int) -> np.ndarray:
+    if (slide.width, slide.height) != tile_map.size_level0_px:
+        raise SlideError(
+            f"{slide.width}×{slide.height} px, but the scores are of {'×'.join(map(str, tile_map.size_level0_px))} px: "
+            "another version of the slide"
+        )
+    factor = max(1.0, max(slide.width, slide.height) / max_side_px)
+    return slide.overview((max(1, round(slide.width / factor)), max(1, round(slide.height / factor))))
+
+
+def _caption(tile_map: TileMap, row: Mapping[str, Any]) -> str:
+    if row.get("status") != "done" or not {"value", "prediction"} & set(row):
+        return tile_map.slide_id
+    if "value" in row:
+        return f"{tile_map.slide_id}   predicted {row['value']:.3g}" + (f"   true {row['label']}" if str(row["label"]) else "")
+    probability = float(row[f"prob_{row['prediction']}"])
+    label = f"   true: {row['label']}" if str(row["label"]) else ""
+    return f"{tile_map.slide_id}   predicted: {row['prediction']} ({probability:.2f}){label}"

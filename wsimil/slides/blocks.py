@@ -1,0 +1,195 @@
+"""Compressed blocks of a tiled TIFF: where they lie, their bytes, their pixels.
+
+- The file is parsed once; what stays is arrays of numbers and a file descriptor, so threads can share it.
+- Neighbouring blocks are fetched in one read: on a network folder the round trip is what costs.
+- JPEG is decoded by libjpeg-turbo at its defaults (accurate DCT, smooth chroma), as OpenSlide does, so pixels are the same bit
+  for bit. The binding has to let other threads run, to take a warning of the decoder for an error (a JPEG that breaks off is grey
+  from there on, and no exception says so), and to scale in the DCT: of those at hand only simplejpeg does all three.
+- The TIFF says what a JPEG's colours are, not the guess that decoders make: a marker that states it is put in front.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import simplejpeg
+import tifffile
+
+__all__ = ["BlockError", "BlockLevel", "BlocksUnknownError", "open_blocks"]
+
+_MAX_GAP = 64 << 10
+_MAX_READ = 8 << 20
+
+_JPEG = 7
+_APERIO_JPEG2000 = {33003: "ycbcr", 33005: "rgb"}
+_RGB, _YCBCR = 2, 6
+_START = b"\xff\xd8"
+
+_Decode = Callable[[memoryview, np.ndarray, int], np.ndarray]
+"""From the bytes of a block, memory for its pixels and how many times smaller it is wanted, to its pixels."""
+
+
+class BlockError(Exception):
+    """A block cannot be read or decoded."""
+
+
+class BlocksUnknownError(Exception):
+    """The blocks of a file cannot be told; the message says why."""
+
+
+@dataclass(frozen=True)
+class BlockLevel:
+    """One level of a slide as a grid of compressed blocks, counted row by row. May be used by several threads."""
+
+    width: int
+    height: int
+    block_width: int
+    block_height: int
+    columns: int
+    offsets: np.ndarray  # (rows * columns,) int64, bytes
+    sizes: np.ndarray  # (rows * columns,) int64, bytes; 0 where the scanner left a block out
+    codec: str  # "jpeg" or "jpeg2000"
+    _decode: _Decode
+    _file: _File
+
+    def read(self, blocks: Sequence[int]) -> dict[int, bytes | memoryview | BlockError]:
+        """The bytes of blocks, with as few reads as are sensible; an error in place of those that cannot be had."""
+        found: dict[int, bytes | memoryview | BlockError] = {}
+        run: list[int] = []
+        start = end = 0
+        for block in sorted(blocks, key=self.offsets.__getitem__):
+            offset, size = int(self.offsets[block]), int(self.sizes[block])
+            if run and (offset - end > _MAX_GAP or offset + size - start > _MAX_READ):
+                self._read_run(run, start, end, found)
+                run = []
+            if not run:
+                start = end = offset
+            run.append(block)
+            end = max(end, offset + size)
+        if run:
+            self._read_run(run, start, end, found)
+        return found
+
+    def _read_run(self, run: list[int], start: int, end: int, found: dict[int, bytes | memoryview | BlockError]) -> None:
+        try:
+            content = memoryview(os.pread(self._file.number, end - start, start))
+        except OSError as error:
+            found.update((block, BlockError(f"cannot be read: {error.strerror}")) for block in run)
+            return
+        for block in run:
+            at, size = int(self.offsets[block]) - start, int(self.sizes[block])
+            whole = at + size <= len(content)
+            found[block] = content[at : at + size] if whole else BlockError("the file ends before it does")
+
+    def decode(self, content: bytes | memoryview, pixels: np.ndarray, *, reduce: int = 1) -> None:
+        """Decode a block into `pixels`, uint8 (block_height / reduce, block_width / reduce, 3); `reduce` 2 is for JPEG alone.
+
+        Raises:
+            BlockError: it breaks off, is damaged, or has another size.
+        """
+        decoded = self._decode(memoryview(content), pixels, reduce)
+        if decoded.shape != pixels.shape:
+            raise BlockError(f"it is {decoded.shape[1::-1]} px, not {pixels.shape[1::-1]}")
+
+
+class _File:
+    """A file descriptor that closes itself with its last user."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (it lives as long as the object)
+        self.number = self._file.fileno()
+
+
+def open_blocks(path: Path, level_dimensions: tuple[int, int], *, nth: int = 0) -> BlockLevel:
+    """The level of this (width, height) in a tiled TIFF; `nth` among levels of the same size.
+
+    Raises:
+        BlocksUnknownError: no such level, or one stored in another way.
+    """
+    if not hasattr(os, "pread"):
+        raise BlocksUnknownError("this system cannot read at a position")
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            # the label and the overview of a slide are stored in strips
+            pages = [
+                page
+                for page in tiff.pages
+                if isinstance(page, tifffile.TiffPage) and page.is_tiled and (page.imagewidth, page.imagelength) == level_dimensions
+            ]
+            if len(pages) <= nth:
+                raise BlocksUnknownError("no tiled page of the level's size")
+            return _level(pages[nth], _File(path))
+    except BlocksUnknownError:
+        raise
+    except Exception as error:  # whatever a strange file makes tifffile trip over
+        raise BlocksUnknownError(f"its TIFF structure cannot be read: {error}") from error
+
+
+def _level(page: tifffile.TiffPage, file: _File) -> BlockLevel:
+    if (page.samplesperpixel, page.bitspersample, page.planarconfig) != (3, 8, 1):
+        raise BlocksUnknownError(f"{page.samplesperpixel} channels of {page.bitspersample} bit")
+    if page.compression == _JPEG and page.photometric in (_RGB, _YCBCR):
+        # the marker says what is stored: 0 RGB, 1 YCbCr
+        stated = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([page.photometric == _YCBCR])
+        codec, decode = "jpeg", _jpeg_decoder(_START + stated + (page.jpegtables or b"")[2:-2])
+    elif page.compression in _APERIO_JPEG2000:
+        codec, decode = "jpeg2000", _jpeg2000_decoder(_APERIO_JPEG2000[page.compression])
+    else:
+        raise BlocksUnknownError(f"compression {page.compression} with photometric {page.photometric}")
+    columns, rows = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
+    offsets, sizes = np.asarray(page.dataoffsets, np.int64), np.asarray(page.databytecounts, np.int64)
+    if not len(offsets) == len(sizes) == columns * rows:
+        raise BlocksUnknownError(f"{len(offsets)} blocks where there should be {columns * rows}")
+    sizes = np.where(offsets > 0, sizes, 0)
+    shape = page.imagewidth, page.imagelength, page.tilewidth, page.tilelength
+    return BlockLevel(*shape, columns, offsets, sizes, codec, decode, file)
+
+
+def _jpeg_decoder(head: bytes) -> _Decode:
+    def decode(content: memoryview, pixels: np.ndarray, reduce: int) -> np.ndarray:
+        if content[:2] != _START:
+            raise BlockError("not a JPEG")
+        scale = {} if reduce == 1 else {"min_factor": reduce, "min_height": pixels.shape[0], "min_width": pixels.shape[1]}
+        try:
+            return simplejpeg.decode_jpeg(b"".join((head, content[2:])), buffer=pixels, strict=True, **scale)
+        except ValueError as error:
+            raise BlockError(str(error)) from error
+
+    return decode
+
+
+def _jpeg2000_decoder(colours: str) -> _Decode:
+    def decode(content: memoryview, pixels: np.ndarray, reduce: int) -> np.ndarray:
+        assert reduce == 1
+        try:
+            if colours == "rgb":
+                return imagecodecs.jpeg2k_decode(bytes(content), out=pixels, numthreads=1)
+            decoded = imagecodecs.jpeg2k_decode(bytes(content), numthreads=1)
+        except (imagecodecs.Jpeg2kError, ValueError, RuntimeError) as error:
+            raise BlockError(str(error)) from error
+        if decoded.shape == pixels.shape:
+            _rgb_from_ycbcr(decoded, pixels)
+        return decoded
+
+    return decode
+
+
+_CHROMA = np.arange(256) - 128
+_RED = np.floor(1.402 * _CHROMA + 0.5).astype(np.int16)
+_BLUE = np.floor(1.772 * _CHROMA + 0.5).astype(np.int16)
+_GREEN_OF_CR = -np.floor(0.714136 * 65536 + 0.5).astype(np.int32) * _CHROMA.astype(np.int32)
+_GREEN_OF_CB = -np.floor(0.344136 * 65536 + 0.5).astype(np.int32) * _CHROMA.astype(np.int32) + 32768
+
+
+def _rgb_from_ycbcr(ycbcr: np.ndarray, rgb: np.ndarray) -> None:
+    """JFIF's conversion, rounded as libjpeg and OpenSlide do."""
+    y, cb, cr = (ycbcr[..., channel] for channel in range(3))
+    light = y.astype(np.int16)
+    green = ((_GREEN_OF_CB[cb] + _GREEN_OF_CR[cr]) >> 16).astype(np.int16)
+    for channel, shift in enumerate((_RED[cr], green, _BLUE[cb])):
+        rgb[..., channel] = np.clip(light + shift, 0, 255)
