@@ -78,7 +78,8 @@ _CHECKSUM = "crc32"
 
 
 def _checksum(array: np.ndarray) -> np.uint32:
-    return np.uint32(zlib.crc32(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))))
+    content: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return np.uint32(zlib.crc32(content))
 
 
 def read_array(dataset: h5py.Dataset) -> np.ndarray:
@@ -86,7 +87,7 @@ def read_array(dataset: h5py.Dataset) -> np.ndarray:
     array = dataset[()]
     if _CHECKSUM in dataset.attrs and dataset.attrs[_CHECKSUM] != _checksum(array):
         raise BagFormatError(
-            f"{dataset.file.filename}: values of {dataset.name.lstrip('/')} changed since they were written (checksum); "
+            f"{dataset.file.filename}: values of {str(dataset.name).lstrip('/')} changed since they were written (checksum); "
             "delete it and extract again"
         )
     return array
