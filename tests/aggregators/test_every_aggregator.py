@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from wsimil.aggregators import AGGREGATORS, Standardized, make_aggregator
-from wsimil.aggregators.packed import segment_max, segment_mean, segment_softmax, segment_sum
+from wsimil.aggregators.packed import (
+    pad,
+    segment_argmax,
+    segment_max,
+    segment_mean,
+    segment_softmax,
+    segment_sum,
+    segment_topk,
+    unpad,
+)
 from wsimil.batch import Aggregator, BagBatch, BagOutput, pack
 from wsimil.errors import AggregatorInputError, ConfigError
 
@@ -274,6 +283,24 @@ def test_segments_agree_with_one_bag_at_a_time():
         torch.testing.assert_close(packed(batch.features, batch), by_hand, rtol=0, atol=1e-12)
     by_hand = torch.cat([part.softmax(0) for part in batch.features.split(SIZES)])
     torch.testing.assert_close(segment_softmax(batch.features, batch), by_hand, rtol=0, atol=1e-12)
+
+
+def test_the_largest_are_found_in_their_own_bag():
+    batch = make_batch(*SIZES)
+    best = segment_argmax(batch.features, batch)
+    assert torch.equal(batch.features.gather(0, best), segment_max(batch.features, batch))
+    for bag, rows in enumerate(segment_topk(batch.features[:, 0], batch, 5)):
+        values = batch.bag(bag).features[:, 0]
+        assert torch.equal(batch.features[rows, 0], values.sort(descending=True).values[:5])
+
+
+def test_padding_is_marked_and_comes_off_again():
+    batch = make_batch(*SIZES)
+    dense, mask = pad(batch.features, batch, fill=1e4)
+    assert dense.shape == (len(SIZES), max(SIZES), DIM) and mask.sum(1).tolist() == list(SIZES)
+    assert (dense[~mask] == 1e4).all() and torch.equal(unpad(dense, mask), batch.features)
+    assert torch.equal(dense[3, : SIZES[3]], batch.bag(3).features)
+    assert torch.autograd.gradcheck(lambda values: pad(values, make_batch(2, 3))[0], torch.randn(5, 2).double().requires_grad_())
 
 
 def test_the_gradient_of_a_segment_softmax_is_the_softmax_gradient():

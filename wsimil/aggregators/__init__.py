@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from wsimil.aggregators.abmil import ABMIL
 from wsimil.aggregators.mean_pool import MeanPool
@@ -25,6 +26,7 @@ class AggregatorEntry:
     make: Callable[..., Aggregator]
     summary: str
     paper: str
+    parity: str = "untested"  # against the authors' code on the same weights: verified | approximate, why | untested | own
 
 
 AGGREGATORS: dict[str, AggregatorEntry] = {
@@ -36,12 +38,17 @@ AGGREGATORS: dict[str, AggregatorEntry] = {
 }
 
 
-def make_aggregator(name: str, dim: int, n_outputs: int, *, hidden: int = 256, dropout: float = 0.25) -> Aggregator:
+def make_aggregator(
+    name: str, dim: int, n_outputs: int, *, hidden: int = 256, dropout: float = 0.25, **options: Any
+) -> Aggregator:
     """A freshly initialised aggregator by its registry name.
+
+    Args:
+        options: further arguments of the aggregator's own.
 
     Raises:
         ConfigError: the name is not in `AGGREGATORS`.
     """
     if name not in AGGREGATORS:
         raise ConfigError(f"aggregator {name!r} is unknown{nearest(name, AGGREGATORS)} (known: {', '.join(AGGREGATORS)})")
-    return AGGREGATORS[name].make(dim, n_outputs, hidden=hidden, dropout=dropout)
+    return AGGREGATORS[name].make(dim, n_outputs, hidden=hidden, dropout=dropout, **options)

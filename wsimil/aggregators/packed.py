@@ -2,16 +2,19 @@
 
 - Works on any device and differentiates; bags never see one another.
 - Sums in float32 at least: a bag of 100,000 tiles would lose its small weights in half precision.
+- `pad` is the only place where padding is made: what needs a dense tensor gets the mask with it, and `unpad` takes it back.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from wsimil.batch import BagBatch
 
-__all__ = ["segment_max", "segment_mean", "segment_softmax", "segment_sum"]
+__all__ = ["pad", "segment_argmax", "segment_max", "segment_mean", "segment_softmax", "segment_sum", "segment_topk", "unpad"]
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -45,3 +48,32 @@ def segment_softmax(logits: Tensor, bags: BagBatch) -> Tensor:
     peak = segment_max(logits.detach(), bags)[bags.bag_index]
     weights = (logits - peak).exp()
     return weights / segment_sum(weights, bags)[bags.bag_index]
+
+
+def segment_argmax(values: Tensor, bags: BagBatch) -> Tensor:
+    """(ΣN, K) → (B, K) rows of the packed batch: where each column is largest in each bag, the first of equals."""
+    return torch.stack([values[rows].argmax(0) + rows.start for rows in _rows(bags)])
+
+
+def segment_topk(values: Tensor, bags: BagBatch, k: int) -> list[Tensor]:
+    """(ΣN,) → for each bag the rows of its min(k, N) largest values, largest first."""
+    return [values[rows].topk(min(k, rows.stop - rows.start)).indices + rows.start for rows in _rows(bags)]
+
+
+def _rows(bags: BagBatch) -> list[slice]:
+    offsets = bags.offsets.tolist()
+    return [slice(start, end) for start, end in pairwise(offsets)]
+
+
+def pad(values: Tensor, bags: BagBatch, *, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(ΣN, K) → dense (B, largest N, K), and the mask (B, largest N) bool of what is real. Gradients pass."""
+    sizes = bags.sizes
+    place = torch.arange(int(sizes.max()), device=values.device)
+    mask = place < sizes.unsqueeze(1)  # (B, N)
+    dense = values.new_full((*mask.shape, values.shape[1]), fill)
+    return dense.masked_scatter(mask.unsqueeze(2), values), mask
+
+
+def unpad(dense: Tensor, mask: Tensor) -> Tensor:
+    """(B, N, K) and the mask of `pad` → (ΣN, K)."""
+    return dense[mask]
