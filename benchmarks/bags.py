@@ -20,23 +20,23 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import h5py
 import numpy as np
 import torch
+from setting import machine
 
 from wsimil.bags.bag import Bag, Geometry, read_header, write_bag
 from wsimil.bags.dataset import BagFolder
 
+PACKAGES = ("h5py", "numpy", "torch")
 SIZES = ((8_000, 384), (8_000, 1024), (30_000, 1536))
 """Tiles and features: slides of CAMELYON16 at 20x, with a ViT-S, a ViT-L and a giant one."""
 
@@ -242,15 +242,6 @@ def table(title: str, seconds: dict[str, list[float]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model)
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("h5py", "numpy", "torch"))
-    return f"{model}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}; {libraries}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where bags are made and kept (default: a temporary folder)")
@@ -260,7 +251,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        parts = [f"{machine()}\n\nOne core, medians of {options.rounds} interleaved rounds.\n"]
+        parts = [machine(*PACKAGES) + f"\n\nOne core, medians of {options.rounds} interleaved rounds.\n"]
         print(parts[0])
 
         def add(part: str) -> None:

@@ -16,13 +16,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import cv2
@@ -30,6 +27,7 @@ import numpy as np
 import simplejpeg
 import tifffile
 from PIL import Image
+from setting import machine
 
 from wsimil.heatmaps.colors import in_colors
 from wsimil.heatmaps.draw import _Z_RLE
@@ -39,6 +37,7 @@ from wsimil.heatmaps.tile_map import TileMap
 from wsimil.slides.painting import paint_slide
 from wsimil.slides.slide import Slide
 
+PACKAGES = ("openslide-bin", "opencv-python-headless", "pillow", "numpy")
 BLOCK_PX, TILE_PX = 256, 224
 OURS, LOOP = "wsimil: map and legend onto the picture", "the loop: map onto the picture"
 OVERVIEW, PNG, PLAIN_PNG = "picture of the slide, read", "PNG", "PNG at Pillow's defaults"
@@ -195,16 +194,6 @@ def table(title: str, seconds: dict[str, list[float]], sizes: dict[str, int]) ->
     return "\n".join([*lines, "", f"wsimil's whole: {whole:.2f} s. The plain way takes times as long: {said}.", ""])
 
 
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model)
-    packages = ("openslide-bin", "opencv-python-headless", "pillow", "numpy")
-    libraries = ", ".join(f"{name} {version(name)}" for name in packages)
-    return f"{model}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}; {libraries}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the slide is made and kept (default: a temporary folder)")
@@ -220,7 +209,7 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         path = make_slide(folder, side_px)
-        parts = [f"{machine()}\n\nOne core, medians of {options.rounds} interleaved rounds of CPU time.\n"]
+        parts = [machine(*PACKAGES) + f"\n\nOne core, medians of {options.rounds} interleaved rounds of CPU time.\n"]
         print(parts[0])
         for side in options.max_side_px:
             named, sizes = steps(path, tile_map, (side, side))

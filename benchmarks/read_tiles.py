@@ -13,30 +13,26 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 
 import cv2
 import numpy as np
 import openslide
-import simplejpeg
-import tifffile
+from setting import machine, make_slide
 
 from wsimil.slides.blocks import BlockError
 from wsimil.slides.direct import DirectReader, open_direct
-from wsimil.slides.painting import paint_slide
 from wsimil.slides.slide import Slide
 from wsimil.slides.tiling import resolve_scale
 
+PACKAGES = ("openslide-bin", "simplejpeg", "opencv-python-headless", "pillow", "numpy")
 BATCH = 32
-QUALITY = 95  # paint compresses better than tissue: this gives the 15 KB a block of scanners
 OPENSLIDE, PLAIN, DIRECT, DCT = "OpenSlide per tile", "wsimil, plain path", "wsimil, direct", "wsimil, direct, DCT-scaled"
 FLOOR, DCT_FLOOR = "floor: decode the blocks", "floor: decode the blocks DCT-scaled"
 
@@ -67,38 +63,6 @@ CASES = (
     Case("40x → 20x, 256 px, 240-px blocks 4:2:2", 240, "422", 0.25, 256, 24, 4),
     Case("256 px for .5 of .2527 µm/px (factor 1.979), 256-px blocks 4:2:0", 256, "420", 0.2527, 256, 24, 4),
 )
-
-
-def make_slide(folder: Path, *, block_px: int, chroma: str, side_px: int) -> Path:
-    """A JPEG slide in Aperio's manner: blocks cut from one painting at random places, turned at random."""
-    path = folder / f"bench-{side_px}-{block_px}-{chroma}.svs"
-    if path.exists():
-        return path
-    picture = paint_slide(1024, 1024, mpp=0.25, seed=3).rgb  # (4096, 4096, 3)
-    rng = np.random.default_rng(0)
-    per_side = -(-side_px // block_px)
-
-    def blocks() -> Iterator[bytes]:
-        for _ in range(per_side * per_side):
-            x, y = rng.integers(400, 3696 - block_px, 2)
-            block = np.rot90(picture[y : y + block_px, x : x + block_px], int(rng.integers(4)))
-            yield simplejpeg.encode_jpeg(np.ascontiguousarray(block), quality=QUALITY, colorsubsampling=chroma)
-
-    unfinished = path.with_suffix(".tmp")
-    with tifffile.TiffWriter(unfinished, bigtiff=True) as tiff:
-        tiff.write(
-            blocks(),
-            shape=(side_px, side_px, 3),
-            dtype=np.uint8,
-            tile=(block_px, block_px),
-            photometric="rgb",
-            compression="jpeg",
-            subsampling={"420": (2, 2), "422": (2, 1)}[chroma],
-            description=f"Aperio Image Library v11.2.1\r\n{side_px}x{side_px} ({block_px}x{block_px}) JPEG|MPP = 0.2500",
-            metadata=None,
-        )
-    unfinished.rename(path)
-    return path
 
 
 def ways(path: Path, slide: Slide, case: Case, coords: np.ndarray) -> dict[str, Callable[[], object]]:
@@ -217,16 +181,6 @@ def table(case: Case, seconds: dict[str, list[float]], *, n_tiles: int, n_blocks
     return "\n".join([*lines, ""])
 
 
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model)
-    packages = ("openslide-bin", "simplejpeg", "opencv-python-headless", "pillow", "numpy")
-    libraries = ", ".join(f"{name} {version(name)}" for name in packages)
-    return f"{model}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}; {libraries}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where slides are made and kept (default: a temporary folder)")
@@ -240,7 +194,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        parts = [f"{machine()}\n\nOne core, medians of {options.rounds} interleaved rounds of CPU time.\n"]
+        parts = [machine(*PACKAGES) + f"\n\nOne core, medians of {options.rounds} interleaved rounds of CPU time.\n"]
         print(parts[0])
         for case in CASES:
             if options.only not in case.title:

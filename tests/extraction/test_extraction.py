@@ -20,6 +20,7 @@ from conftest import speckled
 from wsimil.bags.bag import read_bag, read_header
 from wsimil.config import ExtractConfig, JobConfig, TileConfig
 from wsimil.encoders import load_encoder
+from wsimil.encoders.texture import TextureEncoder
 from wsimil.errors import UsageError
 from wsimil.extraction import extract_features
 from wsimil.slides.painting import Scanner, paint_slide
@@ -296,3 +297,22 @@ def test_stain_normalisation_is_of_the_recipe_and_brings_slides_together(tmp_pat
         return float(np.abs(a - b).mean())
 
     assert apart("macenko") < apart("none") and apart("reinhard") < apart("none")
+
+
+def test_a_batch_too_large_for_the_gpu_is_encoded_in_halves(slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract_features(slides, tmp_path / "whole", tile=TILE, quiet=True)
+    forward, sizes = TextureEncoder.forward, []
+
+    def small(self: TextureEncoder, tiles: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(tiles))
+        if len(tiles) > 13:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(self, tiles)
+
+    monkeypatch.setattr(TextureEncoder, "forward", small)
+    extraction = extract_features(slides, tmp_path / "halves", tile=TILE, quiet=True)
+    assert not extraction.failed and sizes[:3] == [64, 32, 16] and sum(size > 13 for size in sizes) == 3, sizes
+    for name in ("a", "b"):
+        whole, halves = (read_bag(tmp_path / job / FOLDER / f"{name}.h5") for job in ("whole", "halves"))
+        np.testing.assert_allclose(halves.features, whole.features, atol=1e-2)
+        assert halves.valid.all()

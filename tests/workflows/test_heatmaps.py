@@ -246,7 +246,7 @@ sys.exit(main(["heatmap", *sys.argv[1:]]))
             time.sleep(0.05)
         reader = re.search(r"-(\d+)-\d+\.png$", half[0].name)
         run.send_signal(signal.SIGINT)
-        _, said = run.communicate(timeout=30)
+        _, said = run.communicate(timeout=200)
     assert run.returncode == 130 and "interrupted" in said and "Traceback" not in said
     assert reader is not None and not Path("/proc", reader[1]).exists()
     assert {Path(name).suffix for name in maps(cohort / "out")} <= {".png", ".geojson"}

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -143,6 +143,7 @@ class _ExtractStage(Stage):
         side = wanted.tile.tile_px
         # one buffer for all batches: fresh memory would cost more than filling it
         self._batch = torch.empty((config.batch_size, side, side, 3), dtype=torch.uint8, pin_memory=device.startswith("cuda"))
+        self._at_once = config.batch_size  # tiles in one forward pass; less where they do not fit
         self._in_batch: list[tuple[str, int, int]] = []  # slide id, first row, number of rows
         self._filled = 0
 
@@ -217,12 +218,26 @@ class _ExtractStage(Stage):
     def _encode(self, encoder: Encoder) -> np.ndarray:
         try:
             with torch.inference_mode():
-                return encoder(self._batch[: self._filled].to(self._device, non_blocking=True)).float().cpu().numpy()
+                return np.concatenate(list(self._vectors(encoder)))
         except (RuntimeError, MemoryError) as error:
             raise WsimilError(
                 f"encoder {encoder.contract.name} failed on a batch of {self._filled} tiles: {error}; "
                 "if memory ran out, try a smaller --batch-size"
             ) from error
+
+    def _vectors(self, encoder: Encoder) -> Iterator[np.ndarray]:
+        """The batch encoded; where a GPU's memory is too small for it, in halves, and so from then on."""
+        start = 0
+        while start < self._filled:
+            tiles = self._batch[start : min(start + self._at_once, self._filled)]
+            try:
+                yield encoder(tiles.to(self._device, non_blocking=True)).float().cpu().numpy()
+                start += len(tiles)
+            except torch.cuda.OutOfMemoryError:
+                if len(tiles) == 1:
+                    raise
+                self._at_once = (len(tiles) + 1) // 2
+                torch.cuda.empty_cache()
 
     def ready(self) -> list[SlideFile]:
         ready, self._ready = self._ready, []

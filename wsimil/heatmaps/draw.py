@@ -158,10 +158,14 @@ def _picture(slide: Slide, tile_map: TileMap, max_side_px: int) -> np.ndarray:
 
 
 def _caption(tile_map: TileMap, row: Mapping[str, Any]) -> str:
-    if row.get("status") != "done" or not {"value", "prediction"} & set(row):
+    if row.get("status") != "done":
         return tile_map.slide_id
-    if "value" in row:
-        return f"{tile_map.slide_id}   predicted {row['value']:.3g}" + (f"   true {row['label']}" if str(row["label"]) else "")
-    probability = float(row[f"prob_{row['prediction']}"])
-    label = f"   true: {row['label']}" if str(row["label"]) else ""
-    return f"{tile_map.slide_id}   predicted: {row['prediction']} ({probability:.2f}){label}"
+    true = str(row.get("label", ""))
+    if "prediction" in row:
+        probability = row.get(f"prob_{row['prediction']}")  # several labels have none of their own
+        said = f"predicted: {row['prediction']}" + ("" if probability is None else f" ({float(probability):.2f})")
+        return f"{tile_map.slide_id}   {said}" + (f"   true: {true}" if true else "")
+    for column, said in (("value", "predicted"), ("risk", "risk")):
+        if column in row:
+            return f"{tile_map.slide_id}   {said} {float(row[column]):.3g}" + (f"   true {true}" if true else "")
+    return tile_map.slide_id

@@ -53,12 +53,15 @@ def tile_quality(pixels: np.ndarray) -> dict[str, np.ndarray]:
         raise ValueError(f"tiles are {pixels.dtype} {pixels.shape}; expected uint8 (n, px, px, 3)")
     blur, darkness = np.empty((2, len(pixels)), np.float32)
     for row, tile in enumerate(pixels):
-        red, green, blue = cv2.split(tile)
-        blur[row] = _blur(green)  # of all channels the one that both dyes take light from
-        brightest = cv2.max(cv2.max(red, green), blue)
-        bright = cv2.countNonZero(cv2.threshold(brightest, DARK - 1, 255, cv2.THRESH_BINARY)[1])
-        darkness[row] = 1 - bright / brightest.size
+        green = cv2.extractChannel(tile, 1)  # of all channels the one that both dyes take light from
+        blur[row] = _blur(green)
+        darkness[row] = _dark(green) and _dark(cv2.max(cv2.max(cv2.extractChannel(tile, 0), green), cv2.extractChannel(tile, 2)))
     return {"blur": blur, "darkness": darkness}
+
+
+def _dark(grey: np.ndarray) -> float:
+    """Share of dark pixels. Where green has none, no other channel need be looked at."""
+    return 1 - cv2.countNonZero(cv2.threshold(grey, DARK - 1, 255, cv2.THRESH_BINARY)[1]) / grey.size
 
 
 def _blur(grey: np.ndarray) -> float:
