@@ -151,12 +151,15 @@ class Aggregator(nn.Module):
         n_outputs: C.
         needs_coords: whether `coords_um` must be there.
         contribution_kind: how `contributions` come about: "exact", "leave-one-out" or "gradient"; None where there are none.
+        first_layer: name of the one `nn.Linear` that reads the features, if there is one, and widens them itself: a shift and
+            scale of the features can then be folded into its weights.
     """
 
     dim: int
     n_outputs: int
     needs_coords: bool = False
     contribution_kind: str | None = None
+    first_layer: str | None = None
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         raise NotImplementedError  # abstract: every aggregator states its own forward
@@ -197,7 +200,12 @@ class Objective(nn.Module):
 
     Only `losses` must be written. Techniques wrap one another: an objective may hold another and hands every hook on to it.
     A reference to the model's own layers is kept outside the module tree (in a tuple): the model is not the objective's state.
+
+    Attributes:
+        per_bag: its loss is the mean over bags of what each bag gives alone; the loop may then walk a batch in pieces.
     """
+
+    per_bag: bool = False
 
     def prepare(self, model: nn.Module) -> None:
         """Once, before the optimiser is made: add heads, swap layers, freeze."""
@@ -223,6 +231,10 @@ class Objective(nn.Module):
 
     def after_step(self) -> None:
         """After the optimiser's step: move an EMA teacher, renormalise."""
+
+    def kept_model(self, model: nn.Module) -> nn.Module:
+        """Whose weights are kept at the end of an epoch: the model's own, or those of an average; the state dict fits the model."""
+        return model
 
 
 @runtime_checkable

@@ -278,7 +278,13 @@ def _evaluate(arguments: argparse.Namespace, settings: Settings, say: Callable[[
         labels = match_labels(table, predictions["slide_id"])[["slide_id", "patient", "label"]]
         labels = labels[labels["label"] != ""]
     metrics = write_evaluation(
-        arguments.out, predictions, labels=labels, n_bootstrap=settings.evaluate.bootstrap, seed=settings.evaluate.seed
+        arguments.out,
+        predictions,
+        labels=labels,
+        kind=None if settings.labels.task == "auto" else settings.labels.task,
+        positive=settings.labels.positive,
+        n_bootstrap=settings.evaluate.bootstrap,
+        seed=settings.evaluate.seed,
     )
     print(json.dumps(metrics) if arguments.json else _headline(metrics))
     return 0
@@ -315,14 +321,9 @@ def _encoders(arguments: argparse.Namespace, settings: Settings, say: Callable[[
 
 
 def _aggregators(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
-    from wsimil.aggregators import AGGREGATORS
+    from wsimil.aggregators.listing import aggregator_rows, describe_aggregators
 
-    rows = {name: {"summary": entry.summary, "paper": entry.paper} for name, entry in AGGREGATORS.items()}
-    if arguments.json:
-        print(json.dumps(rows))
-    else:
-        for name, row in rows.items():
-            print(f"{name:<14}{row['summary']}  [{row['paper']}]")
+    print(json.dumps(aggregator_rows()) if arguments.json else describe_aggregators(), flush=True)
     return 0
 
 
@@ -358,7 +359,10 @@ def _ending(failed: list[str], *, status: Path | None = None) -> int:
 def _headline(metrics: dict[str, Any]) -> str:
     """The number that people ask for first."""
     pooled = metrics.get("pooled", {}).get("metrics", {})
-    for name, title in (("auroc", "AUROC"), ("macro_auroc", "macro AUROC"), ("spearman", "Spearman"), ("harrell_c", "C-index")):
+    titles = {"auroc": "AUROC", "spearman": "Spearman", "harrell_c": "C-index"}
+    if metrics.get("kind") == "ordinal":
+        titles = {"quadratic_kappa": "quadratic kappa", **titles}
+    for name, title in titles.items():
         entry = pooled.get(name)
         if entry and entry.get("value") is not None:
             interval = f" (95 % interval {entry['low']:.3f} to {entry['high']:.3f})" if entry.get("low") is not None else ""

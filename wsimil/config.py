@@ -161,9 +161,28 @@ class FilterConfig:
 class LabelsConfig:
     """What the label table says."""
 
-    target: str = option("label", "column to predict")
-    task: Literal["auto", "binary", "multiclass", "regression"] = option("auto", "kind of target; auto looks at its values")
+    target: tuple[str, ...] = option(
+        ("label",),
+        "column to predict; several: a label each, 0 or 1, empty where unknown (multilabel), or the probabilities of classes "
+        "(--task multiclass or binary)",
+    )
+    task: Literal["auto", "binary", "multiclass", "multilabel", "ordinal", "regression", "proportion", "survival"] = option(
+        "auto", "kind of target; auto looks at its values"
+    )
     positive: str | None = option(None, "the positive one of two values; default: the last in sorted order")
+    order: tuple[str, ...] = option((), "ordinal: classes from low to high; none given: numbers by value")
+    time: str | None = option(None, "survival: column of the time until the event, or until the slide's patient was lost sight of")
+    event: str | None = option(None, "survival: column that says whether the event happened (1) or the time is censored (0)")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target, str):  # one name is as good as a list of one
+            object.__setattr__(self, "target", (self.target,))
+        _require(len(self.target) >= 1, "labels.target is empty; expected at least one column")
+        _require((self.time is None) == (self.event is None), "labels.time and labels.event belong together: pass both")
+        if self.time is not None:
+            _require(self.task in ("auto", "survival"), f"labels.task is {self.task}, but --time and --event make it survival")
+        if self.order:
+            _require(self.task in ("auto", "ordinal"), f"labels.task is {self.task}; --order is for ordinal")
 
 
 @dataclass(frozen=True)
@@ -189,25 +208,75 @@ class TrainConfig:
     aggregator: str = option("gated_abmil", "see `wsimil aggregators`")
     hidden: int = option(256, "width H inside the aggregator")
     dropout: float = option(0.25, "dropout on the hidden features")
+    aggregator_options: tuple[str, ...] = option((), "settings of the aggregator's own: name=value …")
+    objective: str = option(
+        "auto",
+        "auto: what the aggregator's paper minimises; slide_label | clam_instances | mhim | attention_entropy | averaged_weights",
+    )
+    objective_options: tuple[str, ...] = option((), "settings of the objective's own: name=value …")
     lr: float = option(1e-3, "learning rate (AdamW, one cosine cycle)")
     weight_decay: float = option(1e-4, "weight decay")
     epochs: int = option(60, "most passes over the training slides")
     patience: int = option(15, "stop after so many epochs without a better validation loss")
+    select: Literal["val_loss", "last"] = option("val_loss", "weights to keep: those of the least validation loss, or the last")
     bags_per_step: int = option(4, "slides in one optimiser step")
+    sampling: Literal["shuffle", "balanced", "risk_set"] = option(
+        "shuffle", "order of slides; balanced: classes equally often (in place of --balance); risk_set: survival, an event a step"
+    )
+    tiles_per_step: int = option(0, "a step takes slides up to so many tiles, whatever bags_per_step says; 0: bags_per_step slides")
+    tiles_per_bag: int = option(0, "tiles drawn from each training slide, others in every epoch; 0: all")
+    instance_dropout: float = option(0.0, "chance of a training tile to be left out of an epoch")
+    clip_norm: float = option(0.0, "gradients longer than this are shortened to it; 0: none")
     standardize: bool = option(True, "shift and scale features by the training tiles' mean and deviation")
-    balance: bool = option(True, "weigh classes by the inverse of their share in the training slides")
+    balance: bool = option(
+        True, "weigh classes (of several labels: positives) by the inverse of their share in the training slides"
+    )
+    loss: Literal["auto", "cross_entropy", "mse", "huber", "nll", "cox", "corn"] = option(
+        "auto",
+        "auto: cross_entropy; regression mse (or huber); proportion cross_entropy (mse, huber); ordinal corn; survival nll (cox)",
+    )
+    focal_gamma: float = option(0.0, "focal loss: slides that are right already count (1 - p)^gamma; 0: all count the same")
+    label_smoothing: float = option(0.0, "share of a class label that is spread over all classes")
+    time_bins: int = option(4, "survival with nll: time intervals, of equally many events")
+    survival_alpha: float = option(0.0, "survival with nll: censored slides count 1 - alpha")
     seeds: int = option(1, "models per fold, from --seed upwards")
     seed: int = option(0, "first seed")
     fold: str = option("all", "all, or the number of one fold")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU when there is one")
+    precision: Literal["auto", "fp32", "bf16"] = option("auto", "of matrix products; auto: bf16 where the device is built for it")
+    stack: Literal["auto", "on", "off"] = option(
+        "auto", "folds and seeds as one program, all in the same order of slides; auto: on a GPU, where the aggregator allows it"
+    )
+    memory_gb: float = option(0.0, "features kept in memory, at most; 0: half of what is free")
 
     def __post_init__(self) -> None:
-        for key in ("hidden", "epochs", "patience", "bags_per_step", "seeds"):
+        for key in ("hidden", "epochs", "patience", "bags_per_step", "seeds", "time_bins"):
             _require(getattr(self, key) >= 1, f"train.{key} is {getattr(self, key)}; expected at least 1")
+        _require(self.focal_gamma >= 0, f"train.focal_gamma is {self.focal_gamma}; expected 0 or more")
+        for key in ("label_smoothing", "survival_alpha"):
+            _require(0 <= getattr(self, key) < 1, f"train.{key} is {getattr(self, key)}; expected 0 up to 1")
         _require(self.seed >= 0, f"train.seed is {self.seed}; expected 0 or more")
         _require(0 <= self.dropout < 1, f"train.dropout is {self.dropout}; expected 0 up to 1")
         _require(self.lr > 0, f"train.lr is {self.lr}; expected more than 0")
+        for key in ("tiles_per_step", "tiles_per_bag", "clip_norm", "memory_gb"):
+            _require(getattr(self, key) >= 0, f"train.{key} is {getattr(self, key)}; expected 0 or more")
+        _require(0 <= self.instance_dropout < 1, f"train.instance_dropout is {self.instance_dropout}; expected 0 up to 1")
+        for key in ("aggregator_options", "objective_options"):
+            if isinstance(getattr(self, key), str):  # one option is as good as a list of one
+                object.__setattr__(self, key, (getattr(self, key),))
+            self.options_of(key)
         _require(self.fold == "all" or self.fold.isdigit(), f"train.fold is {self.fold!r}; expected all, or a number")
+
+    def options_of(self, key: str) -> dict[str, Any]:
+        """`aggregator_options` or `objective_options` as keyword arguments, values read as YAML reads them."""
+        options: dict[str, Any] = {}
+        for text in getattr(self, key):
+            name, equals, value = text.partition("=")
+            name = normalise_key(name)
+            _require(bool(equals) and name.isidentifier(), f"train.{key} has {text!r}; expected name=value")
+            _require(name not in ("hidden", "dropout"), f"train.{key} has {name}, which is a setting itself: --{name} {value}")
+            options[name] = yaml.safe_load(value)
+        return options
 
 
 @dataclass(frozen=True)
@@ -368,12 +437,16 @@ def _coerce(kind: Any, value: Any, key: str) -> Any:
             return None
         return _coerce(next(part for part in arguments if part is not type(None)), value, key)
     if origin is tuple:
+        if isinstance(value, Mapping) and key.endswith("_options"):  # `aggregator_options: {k: 8}`
+            value = [f"{name}={inner}" for name, inner in value.items()]
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list | tuple):
             raise ConfigError(f"{key} is {value!r}; expected a list")
         return tuple(_coerce(arguments[0], item, key) for item in values)
     if origin is Literal:
         text = str(value)
+        if isinstance(value, bool) and "on" in arguments:  # YAML's own reading of on and off
+            text = "on" if value else "off"
         if text not in arguments:
             raise ConfigError(f"{key} is {text!r}; expected one of {', '.join(arguments)}")
         return text

@@ -29,7 +29,7 @@ from wsimil.extraction.job import Row, slides_of_job
 from wsimil.files import atomic_path, file_sha256, hash_of, sweep_temporary_files
 from wsimil.hdf5 import Dataset, write_hdf5
 from wsimil.progress import progress
-from wsimil.task import Task
+from wsimil.task import Task, survival_of
 from wsimil.training import TrainedModel, load_model
 
 __all__ = ["predict"]
@@ -106,9 +106,12 @@ def predict(
 
 def _columns(task: Task) -> list[str]:
     head = ["slide", "slide_id", "patient", "fold", "split", "status", "label"]
-    if task.kind == "regression":
+    if task.has_values:
         return [*head, "value"]
-    return [*head, *(f"prob_{name}" for name in task.classes), "prediction", "threshold"]
+    if task.kind == "survival":
+        return [*head, "time", "event", "risk", *(f"surv_{at:g}" for at in task.horizons)]
+    grades = ["value"] if task.kind == "ordinal" else []
+    return [*head, *(f"prob_{name}" for name in task.classes), *grades, "prediction", "threshold"]
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,11 @@ class _Run:
             )
             if known:
                 patient, label = str(self.labels.loc[slide_id, "patient"]), str(self.labels.loc[slide_id, "label"])
-        return {"slide": ";".join(names), "slide_id": slide_ids[0], "patient": patient, "label": label}
+        row = {"slide": ";".join(names), "slide_id": slide_ids[0], "patient": patient, "label": self.task.hard_label(label)}
+        if self.task.kind == "survival" and label:
+            time, event = survival_of(label)
+            row |= {"time": f"{time:.15g}", "event": str(int(event))}
+        return row
 
 
 def _read_run(folder: Path) -> _Run:
@@ -224,16 +231,30 @@ def _predict_one(bags: BagFolder, slide_ids: list[str], models: list[TrainedMode
         mine = {name: values[rows] for name, values in scores.items()}
         _write_scores(out / "scores" / f"{slide_id}.h5", bag, keep, mine, models)
         start = rows.stop
-    logits = [output.logits.float().cpu().numpy() for output in outputs]
-    if task.kind == "regression":
-        return {"value": float(np.mean([model.task.values(one)[0] for model, one in zip(models, logits, strict=True)]))}
+    return _decoded([output.logits.float().cpu().numpy() for output in outputs], models)
+
+
+def _decoded(logits: list[np.ndarray], models: list[TrainedModel]) -> dict:
+    """Columns of a prediction, as the mean over models of what each says; logits (1, C) of each."""
+    task = models[0].task
+    said = [(model.task, one) for model, one in zip(models, logits, strict=True)]
+    if task.has_values:
+        return {"value": float(np.mean([own.values(one)[0] for own, one in said]))}
+    if task.kind == "survival":
+        chances = np.mean([own.survival(one)[0] for own, one in said], axis=0)
+        columns = {f"surv_{at:g}": float(chance) for at, chance in zip(task.horizons, chances, strict=True)}
+        return {"risk": float(np.mean([own.risks(one)[0] for own, one in said])), **columns}
     each = [task.probabilities(one, model.temperature)[0] for model, one in zip(models, logits, strict=True)]
     probabilities = np.mean(each, axis=0)
-    columns: dict = {f"prob_{name}": float(value) for name, value in zip(task.classes, probabilities, strict=True)}
+    columns = {f"prob_{name}": float(value) for name, value in zip(task.classes, probabilities, strict=True)}
+    threshold = 0.5
     if task.kind == "binary":
         threshold = float(np.mean([0.5 if model.threshold is None else model.threshold for model in models]))
-        return columns | {"prediction": task.classes[int(probabilities[1] >= threshold)], "threshold": threshold}
-    return columns | {"prediction": task.classes[int(probabilities.argmax())]}
+    if task.kind in ("binary", "multilabel"):
+        columns["threshold"] = threshold
+    if task.kind == "ordinal":
+        columns["value"] = float(probabilities @ np.arange(len(probabilities)))  # mean grade, the lowest is 0
+    return columns | {"prediction": task.decided(probabilities[None], threshold)[0]}
 
 
 def _one_bag(bags: list[BagBatch]) -> BagBatch:
@@ -258,13 +279,14 @@ def _tile_scores(outputs: list[BagOutput], models: list[TrainedModel], batch: Ba
             parts["attention"].append(segment_softmax(output.attention_logits, batch).cpu().numpy())
         if output.tile_logits is not None:
             logits = output.tile_logits.float().cpu().numpy()
-            if task.kind == "regression":
+            if task.has_values:
                 parts["tile_value"].append(model.task.values(logits)[:, None])
+            elif task.kind == "survival":
+                parts["tile_value"].append(model.task.risks(logits)[:, None])
             else:
-                probabilities = task.probabilities(logits)
-                parts["tile_prob"].append(probabilities[:, 1:] if task.kind == "binary" else probabilities)
+                parts["tile_prob"].append(task.map_columns(task.output_probabilities(logits)))
         if output.contributions is not None:
-            parts["contributions"].append(output.contributions.float().cpu().numpy())
+            parts["contributions"].append(task.map_columns(output.contributions.float().cpu().numpy()))
     return {name: np.mean(values, axis=0).astype(np.float32) for name, values in parts.items()}
 
 

@@ -248,3 +248,101 @@ def test_what_was_asked_beats_what_the_values_say(values, config, task):
 def test_values_that_could_be_several_things_are_asked_about(values, config, words):
     with pytest.raises(LabelsError, match=words):
         infer_task(labels_of(*values), config)
+
+
+# ---------------------------------------------------------------- several labels, survival, grades, proportions
+
+
+def test_several_columns_are_a_label_each_and_a_gap_is_not_known(table):
+    path = table("slide,ER,HER2,PR\na,1,0,\nb,NA,TRUE,0.0\nc,,,\n")
+    config = LabelsConfig(target=("ER", "HER2", "PR"))
+    labels = read_labels(path, config)
+    assert labels["label"].tolist() == ["ER=1;HER2=0", "HER2=1;PR=0", ""]
+    assert infer_task(labels["label"], config) == Task("multilabel", ("ER", "HER2", "PR"))
+
+
+def test_a_label_that_nobody_has_keeps_its_place(table):
+    config = LabelsConfig(target=("ER", "Ki67"))
+    labels = read_labels(table("slide,ER,Ki67\na,1,\nb,0,\n"), config)
+    assert infer_task(labels["label"], config).classes == ("ER", "Ki67")
+
+
+def test_names_in_one_cell_are_several_labels(table):
+    labels = read_labels(table("slide,label\na,immune; stroma\nb,none\nc,\nd,stroma\n"), CONFIG)
+    assert labels["label"].tolist() == ["immune=1;stroma=1", "immune=0;stroma=0", "", "immune=0;stroma=1"]
+    assert infer_task(labels["label"], CONFIG) == Task("multilabel", ("immune", "stroma"))
+
+
+def test_a_class_called_none_is_a_class_where_there_is_no_list(table):
+    labels = read_labels(table("slide,label\na,none\nb,tumour\n"), CONFIG)
+    assert infer_task(labels["label"], CONFIG).classes == ("none", "tumour")
+
+
+def test_probabilities_of_classes_are_soft_labels(table):
+    path = table("slide,low,high\na,0.25,0.75\nb,1,\nc,,\n")
+    for task in ("binary", "multiclass"):
+        config = LabelsConfig(target=("low", "high"), task=task)
+        labels = read_labels(path, config)
+        assert labels["label"].tolist() == ["low=0.25;high=0.75", "low=1;high=0", ""]
+        assert infer_task(labels["label"], config) == Task(task, ("low", "high"))
+    positive = LabelsConfig(target=("low", "high"), task="binary", positive="low")
+    assert infer_task(labels["label"], positive).classes == ("high", "low")
+
+
+def test_survival_is_a_time_and_whether_it_happened(table):
+    config = LabelsConfig(time="months", event="died")
+    labels = read_labels(table("slide,months,died\na,12.5,1\nb,7,no\nc,3,\nd,,1\ne,0.5,True\n"), config)
+    assert labels["label"].tolist() == ["12.5", "7+", "", "", "0.5"]
+    task = infer_task(labels["label"], config)
+    assert task.kind == "survival" and task.horizons[0] > 0.5 and task.horizons[-1] < 12.5
+
+
+@pytest.mark.parametrize(
+    ("content", "config", "said"),
+    [
+        ("slide,a,b\nx,1,2\n", LabelsConfig(target=("a", "b")), r"line 2: b is '2'; several targets are labels of 0 or 1"),
+        ("slide,a,b\nx,.5,.6\n", LabelsConfig(target=("a", "b"), task="multiclass"), r"line 2: .* add up to 1\.1, not 1"),
+        ("slide,a,b\nx,-1,2\n", LabelsConfig(target=("a", "b"), task="multiclass"), r"line 2: a is '-1'; expected a probability"),
+        ("slide,a=b,c\nx,1,0\n", LabelsConfig(target=("a=b", "c")), "'a=b' cannot be a label"),
+        ("slide,a,b\nx,1,0\n", LabelsConfig(target=("a", "b"), task="regression"), "regression task has one target column, not 2"),
+        ("slide,a\nx,1\n", LabelsConfig(target=("a", "bb")), "no column 'bb'"),
+        ("slide,t,e\nx,soon,1\n", LabelsConfig(time="t", event="e"), "line 2: time is 'soon'; expected a number"),
+        ("slide,t,e\nx,-3,1\n", LabelsConfig(time="t", event="e"), "line 2: time is '-3'"),
+        ("slide,t,e\nx,3,dead\n", LabelsConfig(time="t", event="e"), r"line 2: event is 'dead'; expected 0 \(censored\) or 1"),
+        ("slide,t\nx,3\n", LabelsConfig(time="t", event="e"), "no column 'e'"),
+        ("slide,label\nx,3\n", LabelsConfig(task="survival"), "pass --time and --event"),
+        ("slide,t,Censorship\nx,3,1\n", LabelsConfig(time="t", event="Censorship"), "1 must mean that the event happened"),
+    ],
+)
+def test_tables_of_several_columns_are_refused_by_name(table, content, config, said):
+    with pytest.raises(LabelsError, match=said):
+        read_labels(table(content), config)
+
+
+@pytest.mark.parametrize(
+    ("values", "config", "task"),
+    [
+        (("2", "10", "1"), LabelsConfig(task="ordinal"), Task("ordinal", ("1", "2", "10"))),
+        (("low", "high"), LabelsConfig(order=("low", "mid", "high")), Task("ordinal", ("low", "mid", "high"))),
+        (("0.1", "0.9", ""), LabelsConfig(task="proportion"), Task("proportion")),
+        (("10", "35", "0"), LabelsConfig(task="proportion"), Task("proportion", scale=100.0)),
+        (("a;b", "a"), LabelsConfig(task="multiclass"), Task("multiclass", ("a", "a;b"))),
+    ],
+)
+def test_tasks_that_must_be_asked_for(values, config, task):
+    assert infer_task(values, config) == task
+
+
+@pytest.mark.parametrize(
+    ("values", "config", "said"),
+    [
+        (("low", "high"), LabelsConfig(task="ordinal"), "say which is lower: --order high low"),
+        (("low", "high"), LabelsConfig(order=("low", "top")), "--order lacks 'high'"),
+        (("0.5", "130"), LabelsConfig(task="proportion"), "runs from 0.5 to 130"),
+        (("3+", "4+"), LabelsConfig(time="t", event="e"), "no slide has an event"),
+        (("a=1;b=0;c=0",), LabelsConfig(target=("a", "b", "c"), task="binary"), "3 targets are not two classes"),
+    ],
+)
+def test_tasks_that_cannot_be(values, config, said):
+    with pytest.raises(LabelsError, match=said):
+        infer_task(values, config)

@@ -304,3 +304,99 @@ def test_the_hash_outlives_the_file(tmp_path_factory, names):
     path = tmp_path_factory.mktemp("splits") / "splits.csv"
     write_splits(path, splits)
     assert splits_hash(read_splits(path)) == splits_hash(splits)
+
+
+# ---------------------------------------------------------------- other tasks
+
+
+def spread(counts: list[int]) -> int:
+    return max(counts) - min(counts)
+
+
+def test_survival_is_balanced_on_the_event():
+    draw = np.random.default_rng(0)
+    event = draw.permutation([True] * 12 + [False] * 33)
+    labels = [f"{draw.integers(1, 99)}{'' if one else '+'}" for one in event]
+    table = table_of(*(([label], "x") for label in labels))
+    splits = make_splits(table, Task("survival"), SplitConfig(folds=4))
+    table["label"] = ["event" if one else "censored" for one in event]
+    for split in ("train", "val", "test"):
+        counts = patients_per_fold(splits, table, split, "label")
+        assert all(spread(each) <= 1 for each in counts.values()) and min(counts["event"]) >= 1
+
+
+def test_each_of_several_labels_is_balanced():
+    draw = np.random.default_rng(1)
+    rare, common = draw.uniform(size=60) < 0.15, draw.uniform(size=60) < 0.5
+    table = table_of(*(([f"rare={int(r)};common={int(c)}"], "x") for r, c in zip(rare, common, strict=True)))
+    splits = make_splits(table, Task("multilabel", ("rare", "common")), SplitConfig(folds=4))
+    for label, present in (("rare", rare), ("common", common)):
+        table["label"] = np.where(present, "yes", "no")
+        assert spread(patients_per_fold(splits, table, "test", "label")["yes"]) <= (1 if label == "rare" else 4)
+
+
+def test_too_few_events_are_refused_and_few_censorings_are_not():
+    few = table_of(*(([f"{t}+"], "x") for t in range(20)), (["5"], "x"), (["6"], "x"))
+    with pytest.raises(SplitsError, match=r"2 patient.* with label 'event' are too few for 3 folds"):
+        make_splits(few, Task("survival"), SplitConfig(folds=3))
+    many = table_of(*(([f"{t}"], "x") for t in range(20)), (["5+"], "x"))
+    make_splits(many, Task("survival"), SplitConfig(folds=3))
+
+
+def test_a_rare_grade_is_no_reason_to_refuse():
+    table = table_of(*(([grade], "x") for grade in "1" * 9 + "2" * 9 + "3"))
+    make_splits(table, Task("ordinal", ("1", "2", "3")), SplitConfig(folds=3))
+
+
+def test_soft_labels_are_balanced_on_the_likeliest_class():
+    soft = [f"a={share};b={1 - share}" for share in (0.9, 0.8, 0.3, 0.1) for _ in range(6)]
+    table = table_of(*(([label], "x") for label in soft))
+    splits = make_splits(table, Task("binary", ("a", "b")), SplitConfig(folds=3))
+    table["label"] = ["ab"[float(label[2:].split(";")[0]) < 0.5] for label in soft]
+    assert all(spread(each) == 0 for each in patients_per_fold(splits, table, "test", "label").values())
+
+
+# ---------------------------------------------------------------- CLAM's files
+
+CLAM = ",train,val,test\n0,a,d,e\n1,b,,f\n2,c,,\n"
+
+
+def test_splits_of_clam_are_read(tmp_path):
+    (tmp_path / "splits_3.csv").write_text(CLAM)
+    splits = read_splits(tmp_path / "splits_3.csv")
+    assert list(splits.columns) == COLUMNS and set(splits["fold"]) == {3}
+    assert dict(zip(splits["slide_id"], splits["split"], strict=True)) == {
+        "a": "train", "b": "train", "c": "train", "d": "val", "e": "test", "f": "test",
+    }  # fmt: skip
+    assert (splits["patient"] == splits["slide_id"]).all()
+
+
+def test_a_folder_of_clam_is_all_its_folds(tmp_path):
+    (tmp_path / "splits_0.csv").write_text(CLAM)
+    (tmp_path / "splits_1.csv").write_text(",train,val,test\n0,e,a,d\n1,f,b,c\n")
+    (tmp_path / "splits_0_bool.csv").write_text(",train,val,test\na,True,False,False\n")
+    (tmp_path / "splits_0_descriptor.csv").write_text(",train,val,test\nnormal,3,1,2\n")
+    splits = read_splits(tmp_path)
+    assert sorted(set(splits["fold"])) == [0, 1] and len(splits) == 12
+    written = tmp_path / "ours.csv"
+    write_splits(written, splits)
+    assert splits_hash(read_splits(written)) == splits_hash(splits)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("splits_0.csv", ",train,val,test\n0,a,a,b\n", "a stands twice in fold 0"),
+        ("splits_0.csv", ",train,val,test\n0,a,,b\n", "fold 0 has no val slide"),
+        ("splits_0_bool.csv", ",train,val,test\na,True,False,False\n", "take the file without _bool"),
+    ],
+)
+def test_splits_of_clam_that_cannot_be_trusted_are_refused(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SplitsError, match=said):
+        read_splits(tmp_path / name)
+
+
+def test_a_folder_without_splits_says_what_it_looked_for(tmp_path):
+    with pytest.raises(SplitsError, match=r"no splits_<fold>\.csv"):
+        read_splits(tmp_path)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wsimil.aggregators.abmil import ABMIL
 from wsimil.batch import BagBatch, BagOutput, EncodesTokens, ExtraLogits, LabelledBags, Objective
-from wsimil.objectives import SlideLabel
+from wsimil.objectives import MaskedHardInstances, SlideLabel
 from wsimil.task import Task
 
 DIM, HIDDEN = 6, 16
@@ -79,6 +79,11 @@ TENANTS: dict[str, Tenant] = {
     ),
     "smooth": (partial(SmoothAttention, DIM, 1), lambda: SlideLabel(BINARY), [bags_with(BINARY, s) for s in (0, 1)]),
     "masked autoencoder": (TinyViT, lambda: MaskedAutoencoder(24), [ramps(0), ramps(1)]),
+    "mhim": (
+        partial(ABMIL, DIM, 3, hidden=HIDDEN, attention=8, dropout=0.0),
+        lambda: MaskedHardInstances(SlideLabel(TYPES), high=0.1, low=0.1),
+        [bags_with(TYPES, s) for s in (0, 1)],
+    ),
     "orthogonal lora": (
         partial(ABMIL, DIM, 3, hidden=HIDDEN, attention=8, dropout=0.0),
         lambda: orthogonal_lora(TYPES),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from wsimil.evaluation.calibration import (
+    calibrate,
     choose_threshold,
     conformal_cutoff,
     conformal_sets,
@@ -14,6 +15,7 @@ from wsimil.evaluation.calibration import (
     reliability_curve,
 )
 from wsimil.evaluation.metrics import auroc, nll
+from wsimil.task import Task
 
 
 def true_logits(n: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -152,3 +154,19 @@ def test_conformal_cutoff_by_hand() -> None:
 def test_temperature_changes_no_ranking() -> None:
     logits, label = true_logits(200)
     assert auroc(label, logits / fit_temperature(logits, label)) == pytest.approx(float(auroc(label, logits)))
+
+
+def test_a_task_decides_what_validation_may_set() -> None:
+    rng = np.random.default_rng(20)
+    label = rng.integers(0, 2, 200)
+    logits = (3 * (rng.normal(size=200) + label - 0.5))[:, None]
+    binary = Task("binary", ("a", "b"))
+    temperature, threshold = calibrate(binary, logits, label.astype(np.float32))
+    assert temperature == fit_temperature(logits, label) != 1.0 and threshold is not None and threshold != 0.5
+    # a probability as label counts as its likelier class
+    assert calibrate(binary, logits, np.where(label == 1, 0.8, 0.1)) == (temperature, threshold)
+    three, classes = np.concatenate([logits, 0 * logits, -logits], 1), Task("multiclass", ("a", "b", "c"))
+    hard = calibrate(classes, three, label)
+    assert hard == calibrate(classes, three, np.eye(3)[label] * 0.6 + 0.1) and hard[1] is None
+    for task in (Task("multilabel", ("a",)), Task("ordinal", ("1", "2")), Task("regression"), Task("survival")):
+        assert calibrate(task, logits, label) == (1.0, None)

@@ -64,6 +64,28 @@ def regression_table(n: int = 80) -> pd.DataFrame:
     return pd.DataFrame({**ids, "label": label, "value": label + rng.normal(size=n)})
 
 
+def survival_chances_table(n: int = 80) -> pd.DataFrame:
+    table = survival_table(n)
+    chances = {f"surv_{at:g}": np.exp(-np.exp(table["risk"]) * at) for at in (0.2, 0.5, 1.0)}
+    return table.assign(**chances)
+
+
+def labels_table(n: int = 80) -> pd.DataFrame:
+    """Two labels; every fifth slide's second is not known."""
+    rng = np.random.default_rng(4)
+    truth = rng.integers(0, 2, (n, 2))
+    chance = np.clip(0.3 * truth + rng.uniform(0, 0.7, (n, 2)), 0, 1)
+    label = [f"x={one};y={two}" if i % 5 else f"x={one}" for i, (one, two) in enumerate(truth)]
+    said = [f"x={int(one)};y={int(two)}" for one, two in chance >= 0.5]
+    columns = {"label": label, "prob_x": chance[:, 0], "prob_y": chance[:, 1], "prediction": said, "threshold": 0.5}
+    return pd.DataFrame({"slide_id": [f"s{i}" for i in range(n)], "fold": np.arange(n) % 4, **columns})
+
+
+def grade_table(n: int = 90) -> pd.DataFrame:
+    table = class_table(n, names="123")
+    return table.assign(value=table[["prob_1", "prob_2", "prob_3"]].to_numpy() @ np.arange(3))
+
+
 def every_null(value: Any, path: str = "") -> list[str]:
     if isinstance(value, dict):
         return [found for key, item in value.items() for found in every_null(item, f"{path}.{key}" if path else key)]
@@ -96,7 +118,10 @@ def test_pooled_values_match_scikit_learn() -> None:
             assert entry["low"] < entry["high"], name
 
 
-@pytest.mark.parametrize("make", [binary_table, class_table, regression_table, survival_table])
+@pytest.mark.parametrize(
+    "make",
+    [binary_table, class_table, regression_table, survival_table, survival_chances_table, labels_table, grade_table],
+)
 def test_every_kind_gives_json_whose_nulls_are_explained(make: Any) -> None:
     result = evaluate_predictions(make(), n_bootstrap=50)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
@@ -214,6 +239,12 @@ def test_a_fold_with_one_class_is_null_with_a_reason() -> None:
         regression_table(4).assign(label=1.0),
         survival_table(2),
         survival_table(9).assign(event=0),
+        survival_chances_table(9).assign(event=0),
+        survival_chances_table(3),
+        labels_table(2),
+        labels_table(8).assign(label="x=1"),
+        labels_table(0).assign(prediction="x=1;y=0"),
+        grade_table(3),
     ],
 )
 def test_degenerate_cohorts_end_in_nulls_with_reasons(rows: pd.DataFrame) -> None:
@@ -303,6 +334,7 @@ def test_comparison_needs_common_slides_and_labels() -> None:
     [
         (binary_table, ["roc.png", "pr.png", "reliability.png", "confusion.png"]),
         (survival_table, ["survival.png"]),
+        (labels_table, ["roc.png", "pr.png"]),
     ],
 )
 def test_evaluation_is_written_whole(make: Any, plots: list[str], tmp_path: Path) -> None:
@@ -332,3 +364,27 @@ def test_class_names_may_hold_any_character(tmp_path: Path) -> None:
 def test_evaluation_needs_no_torch_and_numbers_no_matplotlib() -> None:
     code = "import sys, wsimil.evaluation as e; print(sorted({'torch', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_several_labels_are_counted_and_measured_where_known() -> None:
+    table = labels_table()
+    result = evaluate_predictions(table, n_bootstrap=100)
+    pooled = result["pooled"]
+    assert (result["kind"], result["classes"]) == ("multilabel", ["x", "y"])
+    assert pooled["n_known"] == {"x": 80, "y": 64} and "confusion" not in pooled
+    known = table[table["label"].str.contains("y")]
+    entry = pooled["metrics"]["auroc_y"]
+    assert entry["value"] == pytest.approx(sk.roc_auc_score(known["label"].str.contains("y=1"), known["prob_y"]))
+    assert entry["low"] < entry["value"] < entry["high"]
+    same = compare_predictions(table, table, n_bootstrap=20)  # what is unknown in both is no difference
+    assert same["metrics"]["auroc"]["difference"] == 0
+
+
+def test_chances_over_time_are_scored_and_a_gap_in_them_is_said() -> None:
+    table = survival_chances_table()
+    pooled = evaluate_predictions(table, n_bootstrap=100)["pooled"]["metrics"]
+    at = {"auroc_at_0.2", "auroc_at_0.5", "auroc_at_1"}
+    assert {"harrell_c", "ipcw_c", "auroc_over_time", "integrated_brier", *at} == set(pooled)
+    assert pooled["integrated_brier"]["low"] < pooled["integrated_brier"]["value"] < pooled["integrated_brier"]["high"]
+    result = evaluate_predictions(table.assign(surv_1=np.nan), n_bootstrap=0)
+    assert "integrated_brier" not in result["pooled"]["metrics"] and "no baseline hazard" in result["notes"]["integrated_brier"]

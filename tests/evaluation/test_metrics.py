@@ -136,10 +136,10 @@ def test_concordance_matches_brute_force_over_pairs() -> None:
     time, event = rng.integers(1, 15, 60).astype(float), rng.uniform(size=60) < 0.6
     risk = np.round(rng.normal(size=60) - 0.1 * time, 1)
     assert ours.harrell_c(time, event, risk) == pytest.approx(brute_concordance(time, event, risk, np.ones(60)))
-    # chance of being uncensored until just before t, as a product over earlier censoring times
+    # chance of being uncensored until just before t, as a product over earlier censoring times; events of a time leave first
     chance = [
         np.prod([
-            1 - np.sum((time == u) & ~event) / np.sum(time >= u) for u in np.unique(time[~event]) if u < t
+            1 - np.sum((time == u) & ~event) / np.sum((time > u) | ((time == u) & ~event)) for u in np.unique(time[~event]) if u < t
         ])
         for t in time
     ]  # fmt: skip
@@ -150,6 +150,10 @@ def test_kaplan_meier_by_hand() -> None:
     times, without = ours.kaplan_meier([1, 2, 2, 3], [True, False, True, True])
     np.testing.assert_array_equal(times, [1, 2, 3])
     np.testing.assert_allclose(without, [0.75, 0.5, 0.0])
+
+
+KINDS = ["binary", "multiclass", "multilabel", "regression", "survival"]
+CENSORED = ("ipcw_c", "integrated_brier", "auroc_over_time", "auroc_at_0.5", "auroc_at_0.9", "auroc_at_1.4")
 
 
 def every_metric(kind: str, index: np.ndarray, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -164,10 +168,16 @@ def every_metric(kind: str, index: np.ndarray, weights: np.ndarray | None = None
     label, score = np.round(rng.exponential(size=60), 1) + 0.1, np.round(rng.normal(size=60), 1)
     if kind == "regression":
         return ours.regression_metrics(label[index], score[index], weights)
-    return ours.survival_metrics(label[index], (label > 0.4)[index], score[index], weights)
+    if kind == "multilabel":
+        several = np.where(rng.uniform(size=(60, 3)) < 0.2, np.nan, rng.integers(0, 2, (60, 3)))
+        chance = np.round(rng.uniform(size=(60, 3)), 1)
+        return ours.multilabel_metrics(several[index], chance[index], (chance > 0.5)[index], weights, classes="abc")
+    event, horizons = (label > 0.4)[index], (0.5, 0.9, 1.4)
+    chances = np.exp(-np.exp(score)[:, None] * np.array(horizons))
+    return ours.survival_metrics(label[index], event, score[index], weights, survival=chances[index], horizons=horizons)
 
 
-@pytest.mark.parametrize("kind", ["binary", "multiclass", "regression", "survival"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_is_so_many_copies_of_the_row(kind: str) -> None:
     counts = np.random.default_rng(7).integers(0, 4, size=(3, 60))
     weighted = every_metric(kind, np.arange(60), counts)
@@ -175,11 +185,11 @@ def test_a_weight_is_so_many_copies_of_the_row(kind: str) -> None:
         copied = every_metric(kind, np.repeat(np.arange(60), counts[b]))
         for name, value in weighted.items():
             assert value.shape == (3,)
-            if name not in ("ece", "ipcw_c"):  # these keep the bins and the censoring curve of the whole sample
+            if name not in ("ece", *CENSORED):  # these keep the bins and the censoring curve of the whole sample
                 assert value[b] == pytest.approx(float(copied[name]), abs=1e-9), name
 
 
-@pytest.mark.parametrize("kind", ["binary", "multiclass", "regression", "survival"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_row_order_changes_nothing(kind: str) -> None:
     shuffled = every_metric(kind, np.random.default_rng(8).permutation(60))
     for name, value in every_metric(kind, np.arange(60)).items():
@@ -199,7 +209,8 @@ def test_what_is_not_defined_is_nan_not_a_guess() -> None:
         ours.binary_metrics([], [], []),
         ours.multiclass_metrics([], np.zeros((0, 3)), [], classes="abc", ordered=True),
         ours.regression_metrics([], []),
-        ours.survival_metrics([], [], []),
+        ours.survival_metrics([], [], [], survival=np.zeros((0, 2)), horizons=(1.0, 2.0)),
+        ours.multilabel_metrics(np.zeros((0, 2)), np.zeros((0, 2)), np.zeros((0, 2)), classes="ab"),
     ):
         assert all(np.isnan(value) for value in empty.values())
 
@@ -212,3 +223,89 @@ def test_constant_prediction_has_no_correlation_but_a_value() -> None:
 def test_nan_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
         ours.auroc([0, 1], [np.nan, 1.0])
+
+
+# ---------------------------------------------------------------- survival
+
+
+def survivors() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Risk, time (no two alike) and event of forty slides, a formula so that anybody can make them."""
+    index = np.arange(40)
+    risk = np.sin(1.7 * index) + 0.01 * index
+    time = np.round(20 * np.exp(-0.8 * risk) * (1 + 0.5 * np.cos(2.3 * index)) + 0.013 * index, 3)
+    return risk, time, (index * 7) % 10 < 6
+
+
+HORIZONS = (5.0, 8.0, 15.0, 25.0)
+
+
+def test_survival_metrics_are_those_of_scikit_survival() -> None:
+    """scikit-survival 0.28.0 on these slides, censoring estimated on them: concordance_index_censored, concordance_index_ipcw
+    (tau 25), cumulative_dynamic_auc, integrated_brier_score. lifelines 0.30.3 gives the same concordance.
+    """
+    risk, time, event = survivors()
+    assert ours.harrell_c(time, event, risk) == pytest.approx(0.8395348837209302, abs=1e-12)
+    assert ours.ipcw_c(time, event, risk, tau=25.0) == pytest.approx(0.8505927161850823, abs=1e-12)
+    areas = [ours.time_dependent_auc(time, event, risk, at=at) for at in HORIZONS]
+    np.testing.assert_allclose(areas, [0.9736842105263158, 0.8179025858991371, 0.9866320965103603, 0.9383851114589669], atol=1e-12)
+    chances = np.exp(-np.exp(risk)[:, None] * np.array(HORIZONS) / 20)
+    assert ours.integrated_brier(time, event, chances, HORIZONS) == pytest.approx(0.16011218696415513, abs=1e-12)
+
+
+def test_without_censoring_the_auc_over_time_is_an_auc_and_the_brier_score_a_brier_score() -> None:
+    risk, time, _ = survivors()
+    event = np.ones(40, dtype=bool)
+    chances = np.exp(-np.exp(risk)[:, None] * np.array(HORIZONS) / 20)
+    for at in HORIZONS:
+        assert ours.time_dependent_auc(time, event, risk, at=at) == pytest.approx(sk.roc_auc_score(time <= at, risk))
+    scores = [np.mean((chances[:, column] - (time > at)) ** 2) for column, at in enumerate(HORIZONS)]
+    by_hand = np.trapezoid(scores, HORIZONS) / (HORIZONS[-1] - HORIZONS[0])
+    assert ours.integrated_brier(time, event, chances, HORIZONS) == pytest.approx(by_hand)
+
+
+def test_censoring_that_knows_nothing_does_not_move_the_brier_score() -> None:
+    rng = np.random.default_rng(9)
+    time, lost = rng.exponential(10, 40_000), rng.exponential(15, 40_000)
+    horizons, seen = np.array([2.0, 5.0, 9.0]), np.minimum(time, lost)
+    chances = np.tile(np.exp(-horizons / 10), (40_000, 1))
+    whole = ours.integrated_brier(time, np.ones(40_000, bool), chances, horizons)
+    assert ours.integrated_brier(seen, time <= lost, chances, horizons) == pytest.approx(float(whole), abs=0.004)
+    # leaving the censored out would not do
+    kept = time <= lost
+    assert abs(ours.integrated_brier(time[kept], np.ones(kept.sum(), bool), chances[kept], horizons) - whole) > 0.01
+
+
+def test_horizons_that_nobody_outlives_are_left_out() -> None:
+    risk, time, event = survivors()
+    late = (*HORIZONS, time.max(), 1e3)
+    chances = np.exp(-np.exp(risk)[:, None] * np.array(late) / 20)
+    within = ours.integrated_brier(time, event, chances[:, :4], HORIZONS)
+    assert ours.integrated_brier(time, event, chances, late) == pytest.approx(float(within))
+    assert np.isnan(ours.integrated_brier(time, event, chances[:, -2:], late[-2:]))
+    assert np.isnan(ours.time_dependent_auc(time, event, risk, at=1e3))
+
+
+# ---------------------------------------------------------------- several labels, grades
+
+
+def test_a_label_is_measured_where_it_is_known() -> None:
+    rng = np.random.default_rng(10)
+    label, chance = rng.integers(0, 2, (50, 2)).astype(float), rng.uniform(size=(50, 2))
+    gaps = label.copy()
+    gaps[:20, 1] = np.nan
+    metrics = ours.multilabel_metrics(gaps, chance, chance > 0.5, classes=("x", "y"))
+    areas = [sk.roc_auc_score(label[:, 0], chance[:, 0]), sk.roc_auc_score(label[20:, 1], chance[20:, 1])]
+    assert [metrics["auroc_x"], metrics["auroc_y"]] == pytest.approx(areas)
+    assert metrics["auroc"] == pytest.approx(np.mean(areas))
+    f1 = [sk.f1_score(label[:, 0], chance[:, 0] > 0.5), sk.f1_score(label[20:, 1], chance[20:, 1] > 0.5)]
+    assert metrics["f1"] == pytest.approx(np.mean(f1))
+    nobody = ours.multilabel_metrics(np.full((5, 2), np.nan), np.zeros((5, 2)), np.zeros((5, 2)), classes=("x", "y"))
+    assert all(np.isnan(value) for value in nobody.values())
+
+
+def test_grades_are_measured_in_steps() -> None:
+    label, predicted = np.array([0, 1, 2, 3, 3]), np.array([0, 2, 2, 1, 3])
+    chances = np.eye(4)[predicted]
+    metrics = ours.multiclass_metrics(label, chances, predicted, classes="0123", ordered=True)
+    assert metrics["mae_steps"] == pytest.approx(3 / 5)
+    assert metrics["quadratic_kappa"] == pytest.approx(sk.cohen_kappa_score(label, predicted, weights="quadratic"))

@@ -179,3 +179,55 @@ def test_missing_columns_are_named() -> None:
         check_predictions(table(), classes=["x", "normal"])
     with pytest.raises(UsageError, match="kind 'ternary' is unknown"):
         check_predictions(table(), kind="ternary")
+
+
+def test_columns_tell_grades_labels_and_times_apart() -> None:
+    grades = table(value=[0.1, 0.8, 0.4, 0.7])
+    assert check_predictions(grades).kind == "ordinal"
+    facts = {"label": ["normal=1;tumour=0", "tumour=1", "", "normal=0;tumour=1"], "prediction": ["normal=1;tumour=0"] * 4}
+    several = check_predictions(table(**facts))
+    assert several.kind == "multilabel" and several.counts["n_without_label"] == 1
+    np.testing.assert_array_equal(several.label, [[1, 0], [np.nan, 1], [0, 1]])
+    np.testing.assert_array_equal(several.predicted, [[1, 0], [0, 1], [0, 1]])  # by probability and threshold
+    times = table(risk=0.5, label=["12.5", "3+", "", "4"], surv_2=0.9, surv_10=0.4).drop(columns=["prob_normal", "prob_tumour"])
+    survival = check_predictions(times)
+    assert survival.label.tolist() == [12.5, 3, 4] and survival.event.tolist() == [True, False, True]
+    assert survival.horizons == (2.0, 10.0) and survival.survival.tolist() == [[0.9, 0.4]] * 3
+
+
+def test_grades_are_predicted_by_their_median() -> None:
+    rows = table(value=1.0).drop(columns="prediction").rename(columns={"prob_normal": "prob_1", "prob_tumour": "prob_3"})
+    rows = rows.assign(prob_1=0.4, prob_2=0.25, prob_3=0.35, label=["1", "2", "3", "1"])
+    rows = rows[["slide_id", "label", "prob_1", "prob_2", "prob_3", "value"]]
+    assert check_predictions(rows).predicted.tolist() == [1] * 4
+    assert check_predictions(rows, kind="multiclass").predicted.tolist() == [0] * 4
+
+
+def test_a_labels_table_may_say_times_as_one_text() -> None:
+    rows = table(risk=0.5).drop(columns=["prob_normal", "prob_tumour", "label"])
+    labels = pd.DataFrame({"slide_id": ["a", "b", "c"], "label": ["7", "9+", "11"]})
+    survival = check_predictions(rows, labels=labels)
+    assert survival.label.tolist() == [7, 9, 11] and survival.event.tolist() == [True, False, True]
+
+
+def test_soft_labels_count_as_their_likeliest_class() -> None:
+    labels = pd.DataFrame({"slide_id": list("abcd"), "label": ["normal=0.3;tumour=0.7", "normal", "normal=1", "tumour=0.6"]})
+    assert check_predictions(table(), labels=labels).label.tolist() == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"label": "normal=2"}, "slide a: label 'normal=2'; expected 0 or 1 of normal, tumour"),
+        ({"label": "other=1"}, "slide a: label 'other=1'"),
+        ({"label": "normal"}, "does not say name=number"),
+    ],
+)
+def test_several_labels_that_make_no_sense_are_refused(columns: dict[str, str], said: str) -> None:
+    with pytest.raises(LabelsError, match=said):
+        check_predictions(table(**columns), kind="multilabel")
+
+
+def test_a_probability_above_one_is_refused_for_labels_too() -> None:
+    with pytest.raises(UsageError, match="not between 0 and 1"):
+        check_predictions(table(label="tumour=1", prob_tumour=1.2), kind="multilabel")

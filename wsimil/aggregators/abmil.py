@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from wsimil.aggregators.packed import segment_softmax, segment_sum
+from wsimil.aggregators.explain import leave_one_out
+from wsimil.aggregators.packed import in_pieces, segment_softmax, segment_weighted_sum
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 
 __all__ = ["ABMIL", "AttentionScore"]
@@ -34,7 +35,8 @@ class AttentionScore(nn.Module):
 class ABMIL(Aggregator):
     """logits = W Σ_i a_i φ(h_i) + b, a = softmax of the attention score, φ = Linear, ReLU, Dropout.
 
-    With one head and a linear classifier the contribution of tile i is exactly a_i (W φ(h_i) + b), and they sum to the logits.
+    With the linear classifier the contribution of tile i is exactly a_i (W φ(h_i) + b), and they sum to the logits. A classifier
+    with a hidden layer is no sum over tiles: contributions are then what the logits lose without the tile.
 
     Args:
         dim: width D of the features.
@@ -42,30 +44,53 @@ class ABMIL(Aggregator):
         hidden: width H of φ.
         attention: width L of the attention network.
         gated: with the sigmoid gate (section 2.4 of the paper).
-        dropout: on φ's output.
+        classifier_hidden: width of a hidden layer in the classifier; without, it is linear, as in the paper.
+        dropout: on φ's output, and in a classifier with a hidden layer.
     """
 
-    contribution_kind = "exact"
+    first_layer = "project.0"
 
     def __init__(
-        self, dim: int, n_outputs: int, *, hidden: int = 256, attention: int = 128, gated: bool = True, dropout: float = 0.25
+        self,
+        dim: int,
+        n_outputs: int,
+        *,
+        hidden: int = 256,
+        attention: int = 128,
+        gated: bool = True,
+        classifier_hidden: int | None = None,
+        dropout: float = 0.25,
     ) -> None:
         super().__init__()
         self.dim, self.n_outputs = dim, n_outputs
+        self.contribution_kind = "exact" if classifier_hidden is None else "leave-one-out"
         self.project = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
         self.attend = AttentionScore(hidden, attention, gated=gated)
-        self.classify = nn.Linear(hidden, n_outputs)
+        if classifier_hidden is None:
+            self.classify = nn.Linear(hidden, n_outputs)
+        else:
+            self.classify = nn.Sequential(
+                nn.Linear(hidden, classifier_hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(classifier_hidden, n_outputs)
+            )
+
+    def _attended(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        tiles = self.project(features.to(self.attend.score.weight.dtype))
+        return tiles, self.attend(tiles)
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         self.check(bags)
-        tiles = self.project(bags.features)  # (ΣN, H)
-        scores = self.attend(tiles)  # (ΣN, 1)
+        tiles, scores = in_pieces(self._attended, bags.features)  # (ΣN, H), (ΣN, 1)
         attention = segment_softmax(scores, bags)  # (ΣN, 1)
-        bag = segment_sum(attention * tiles, bags)  # (B, H)
+        bag = segment_weighted_sum(attention, tiles, bags).squeeze(1)  # (B, H)
+        contributions = None  # (ΣN, C)
+        if explain and self.contribution_kind == "exact":
+            contributions = attention * self.classify(tiles)
+        elif explain:
+            contributions = leave_one_out(scores, tiles, bags, self.classify)
         return BagOutput(
             self.classify(bag),  # (B, C)
             bag_embedding=bag,
             attention_logits=scores,
             tile_embedding=tiles,
-            contributions=attention * self.classify(tiles) if explain else None,  # (ΣN, C)
+            contributions=contributions,
         )

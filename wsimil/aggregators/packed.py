@@ -7,23 +7,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from wsimil.batch import BagBatch
 
-__all__ = ["pad", "segment_argmax", "segment_max", "segment_mean", "segment_softmax", "segment_sum", "segment_topk", "unpad"]
+__all__ = [
+    "in_pieces",
+    "pad",
+    "segment_argmax",
+    "segment_max",
+    "segment_mean",
+    "segment_softmax",
+    "segment_sum",
+    "segment_topk",
+    "segment_weighted_sum",
+    "unpad",
+]
+
+
+_PIECE = 1024
+_RECOMPUTED_FROM = 65_536
 
 
 def _wide(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
+def in_pieces(function: Callable[[Tensor], tuple[Tensor, ...]], tiles: Tensor) -> tuple[Tensor, ...]:
+    """function(tiles), for one that takes each row by itself: on a CPU in pieces that stay in its cache.
+
+    In training what happens inside is computed again on the way back when there are very many rows: memory then grows with what
+    the function returns, and no longer with what it goes through.
+    """
+    recomputed = torch.is_grad_enabled() and len(tiles) >= _RECOMPUTED_FROM
+    if len(tiles) <= _PIECE or (tiles.device.type != "cpu" and not recomputed):
+        return function(tiles)
+    pieces = tiles.split(_PIECE if tiles.device.type == "cpu" else _RECOMPUTED_FROM // 4)
+    if recomputed:
+        found = [checkpoint(function, piece, use_reentrant=False) for piece in pieces]
+    else:
+        found = [function(piece) for piece in pieces]
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
 def segment_sum(values: Tensor, bags: BagBatch) -> Tensor:
     """(ΣN, K) → (B, K)."""
     values = _wide(values)
+    if len(bags) == 1:
+        return values.sum(0, keepdim=True)
     sums = values.new_zeros(len(bags), values.shape[1])
     return sums.index_add(0, bags.bag_index, values)  # (B, K)
 
@@ -33,9 +69,20 @@ def segment_mean(values: Tensor, bags: BagBatch) -> Tensor:
     return segment_sum(values, bags) / bags.sizes.unsqueeze(1)
 
 
+def segment_weighted_sum(weights: Tensor, values: Tensor, bags: BagBatch) -> Tensor:
+    """weights (ΣN, K), values (ΣN, H) → (B, K, H): Σ_i w_ik v_i, without a tensor of ΣN × K × H."""
+    weights, values = _wide(weights), _wide(values)
+    with torch.autocast(weights.device.type, enabled=False):
+        # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole
+        sizes = bags.sizes.tolist()
+        return torch.stack([one.T @ other for one, other in zip(weights.split(sizes), values.split(sizes), strict=True)])
+
+
 def segment_max(values: Tensor, bags: BagBatch) -> Tensor:
     """(ΣN, K) → (B, K)."""
     values = _wide(values)
+    if len(bags) == 1:
+        return values.amax(0, keepdim=True)
     index = bags.bag_index.unsqueeze(1).expand_as(values)
     lowest = values.new_full((len(bags), values.shape[1]), -torch.inf)
     return lowest.scatter_reduce(0, index, values, "amax")
@@ -44,6 +91,8 @@ def segment_max(values: Tensor, bags: BagBatch) -> Tensor:
 def segment_softmax(logits: Tensor, bags: BagBatch) -> Tensor:
     """(ΣN, K) → (ΣN, K): each column sums to 1 within each bag."""
     logits = _wide(logits)
+    if len(bags) == 1:
+        return logits.softmax(0)
     # the maximum only guards against overflow: its gradient cancels
     peak = segment_max(logits.detach(), bags)[bags.bag_index]
     weights = (logits - peak).exp()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 
@@ -16,7 +17,8 @@ class Standardized(Aggregator):
     """inner((features - mean) / deviation).
 
     Mean and deviation are buffers: they are those of the training tiles and travel with the weights. A feature that never
-    varied in training (deviation infinite) reads as zero.
+    varied in training (deviation infinite) reads as zero. Where one layer reads the features, both are folded into its weights:
+    no second copy of a large bag is made.
     """
 
     mean: Tensor
@@ -32,4 +34,12 @@ class Standardized(Aggregator):
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         self.check(bags)
-        return self.inner(replace(bags, features=(bags.features - self.mean) / self.deviation), explain=explain)
+        first = self.inner.first_layer
+        if first is None or bags.features.requires_grad or torch.is_autocast_enabled(bags.features.device.type):
+            # in half precision a feature must be centred before it is multiplied, or its digits go to the mean
+            return self.inner(replace(bags, features=(bags.features - self.mean) / self.deviation), explain=explain)
+        linear = self.inner.get_submodule(first)
+        assert isinstance(linear, nn.Linear)
+        weight = linear.weight / self.deviation
+        folded = {f"{first}.weight": weight, f"{first}.bias": linear.bias - weight @ self.mean}
+        return functional_call(self.inner, folded, (bags,), {"explain": explain})

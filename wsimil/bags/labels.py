@@ -4,6 +4,7 @@
 - Labels are text: `007` stays as it is. Only `1.0` becomes `1` where a column holds nothing but whole numbers: programs
   write whole numbers so beside an empty cell.
 - The kind of task follows from the values and is printed; what cannot be told must be said with --task.
+- Several facts of a slide become one text, as `wsimil.task` reads it: `ER=1;HER2=0`, `12.5+`. So one column is a label everywhere.
 """
 
 from __future__ import annotations
@@ -11,21 +12,25 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import numpy as np
 import pandas as pd
 
 from wsimil.config import LabelsConfig, nearest
 from wsimil.errors import LabelsError
 from wsimil.files import slide_id_from_path, slide_name, strip_suffix
 from wsimil.table import Table, read_table, require_column
-from wsimil.task import Task
+from wsimil.task import Task, facts_of, facts_text, survival_of, survival_text
 
 __all__ = ["infer_task", "match_labels", "match_slides", "read_labels", "slide_ids_of"]
 
 _MISSING = ("", "na", "n/a", "#n/a", "nan", "null")  # not "none": that is what some columns call their negative class
 _MAX_INTEGER_CLASSES = 20
+_NOTHING = ("none", "-")
+"""A cell of a multi-label column that says: looked at, and none of them."""
+_YES, _NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 
 
 def read_labels(
@@ -39,24 +44,106 @@ def read_labels(
         LabelsError: no such file or column, a slide without a name.
     """
     table = read_table(path, LabelsError)
-    asked = {"slide", config.target, group, site} - {"patient", None}
+    if config.event is not None and "censor" in config.event.lower():
+        raise LabelsError(
+            f"--event {config.event}: 1 must mean that the event happened, and a column of that name means the opposite; "
+            "write 1 minus it into a column of its own, with another name"
+        )
+    if config.task == "survival" and config.time is None:
+        raise LabelsError("a survival task needs two columns: pass --time and --event")
+    truth = [config.time, config.event] if config.time and config.event else list(config.target)
+    asked = {"slide", *truth, group, site} - {"patient", None}
     for column in sorted(filter(None, asked)):
         require_column(path, table, column, LabelsError)
     table = table.where(~table.apply(lambda cells: cells.str.lower()).isin(_MISSING), "")
-    slides, labels = table["slide"], table[config.target]
+    slides = table["slide"]
     if (slides == "").any():
         raise LabelsError(f"{path}, line {slides.index[slides == ''][0]}: the slide is empty")
-    if labels[labels != ""].str.fullmatch(r"[+-]?\d+(\.0+)?").all():
-        labels = labels.str.replace(r"\.0+$", "", regex=True)
     patients = table.get(group, slides)
     return pd.DataFrame(
         {
             "slide": slides,
             "patient": patients.where(patients != "", slides),
             "site": table.get(site or "site", ""),
-            "label": labels,
+            "label": _labels(path, table[truth], config),
         }
     ).reset_index(drop=True)
+
+
+def _labels(path: str | Path, cells: Table, config: LabelsConfig) -> Table:
+    """One text per slide from the columns of the target."""
+    if config.time is not None:
+        return _per_row(path, cells, lambda row: _survival(*row))
+    if cells.shape[1] > 1:
+        for name in cells.columns:
+            if "=" in name or ";" in name:
+                raise LabelsError(f"{path}: column {name!r} cannot be a label: rename it without = and ;")
+        if config.task not in ("auto", "multilabel", "multiclass", "binary"):
+            raise LabelsError(f"a {config.task} task has one target column, not {cells.shape[1]}")
+        soft = config.task in ("multiclass", "binary")
+        return _per_row(path, cells, lambda row: (_shares if soft else _known)(dict(zip(cells.columns, row, strict=True))))
+    labels = cells.iloc[:, 0]
+    if config.task == "multilabel" or (config.task == "auto" and not config.order and labels.str.contains(";").any()):
+        named = labels.map(_listed)
+        names = sorted({name for listed in named for name in listed}, key=_natural)
+        if wrong := next((name for name in names if "=" in name), None):
+            raise LabelsError(f"{path}: {wrong!r} cannot be a label: write it without =")
+        said = [facts_text({name: int(name in listed) for name in names}) for listed in named]
+        return pd.Series(said, labels.index, dtype=str).where(labels != "", "")
+    if labels[labels != ""].str.fullmatch(r"[+-]?\d+(\.0+)?").all():
+        labels = labels.str.replace(r"\.0+$", "", regex=True)
+    return labels
+
+
+def _per_row(path: str | Path, cells: Table, text: Callable[[list[str]], str]) -> Table:
+    labels = []
+    for line, row in zip(cells.index, cells.itertuples(index=False), strict=True):
+        try:
+            labels.append(text(list(row)))
+        except ValueError as error:
+            raise LabelsError(f"{path}, line {line}: {error}") from None
+    return pd.Series(labels, cells.index, dtype=str)
+
+
+def _listed(cell: str) -> list[str]:
+    names = [name.strip() for name in cell.split(";") if name.strip()]
+    return [] if len(names) == 1 and names[0].lower() in _NOTHING else names
+
+
+def _known(row: dict[str, str]) -> str:
+    """Labels of a slide that are known to be there or not."""
+    wrong = next((name for name, cell in row.items() if cell.lower() not in (*_YES, *_NO, "")), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{wrong} is {row[wrong]!r}; several targets are labels of 0 or 1, empty where unknown "
+            "(probabilities of classes need --task multiclass or binary)"
+        )
+    return facts_text({name: int(cell.lower() in _YES) for name, cell in row.items() if cell})
+
+
+def _shares(row: dict[str, str]) -> str:
+    """Probabilities of the classes; all empty is no label."""
+    if not any(row.values()):
+        return ""
+    for name, cell in row.items():
+        number = _number(cell or "0")
+        if number is None or not 0 <= number <= 1:
+            raise ValueError(f"{name} is {cell!r}; expected a probability, 0 to 1")
+    total = sum(float(cell or 0) for cell in row.values())
+    if abs(total - 1) > 0.01:
+        raise ValueError(f"the probabilities of {', '.join(row)} add up to {total:g}, not 1")
+    return facts_text({name: cell or "0" for name, cell in row.items()})
+
+
+def _survival(time: str, event: str) -> str:
+    if not time or not event:
+        return ""
+    number = _number(time)
+    if number is None or number < 0:
+        raise ValueError(f"time is {time!r}; expected a number, 0 or more")
+    if event.lower() not in (*_YES, *_NO):
+        raise ValueError(f"event is {event!r}; expected 0 (censored) or 1 (it happened)")
+    return survival_text(time, event.lower() in _YES)
 
 
 def match_labels(labels: Table, slide_ids: Iterable[str]) -> Table:
@@ -129,35 +216,91 @@ def _path_of(name: str) -> PurePosixPath:
 
 
 def infer_task(labels: Iterable[str], config: LabelsConfig) -> Task:
-    """The task that these labels make (empty ones are passed over).
+    """The task that these labels (as `read_labels` gives them) make; empty ones are passed over.
 
     Two values are binary (positive: `config.positive`, else the last in sorted order); text or few small integers are
-    multi-class; numbers with a fraction are regression.
+    multi-class; numbers with a fraction are regression. Several columns, or cells with `;`, are multi-label.
 
     Raises:
         LabelsError: fewer than two values, or values that could be several things.
     """
-    classes = sorted(set(labels) - {""}, key=_natural)
-    if len(classes) < 2:
-        raise LabelsError(f"column {config.target!r} has {len(classes)} value(s); two are needed to learn a difference")
-    some = f"{len(classes)} values ({', '.join(classes[:8])}{', …' if len(classes) > 8 else ''})"
-    kind = config.task if config.task != "auto" else _kind_of(classes, config.target)
-    if kind == "regression":
-        wrong = [value for value in classes if _number(value) is None]
-        if wrong:
-            raise LabelsError(f"column {config.target!r}: {wrong[0]!r} is not a number, which regression needs")
-        return Task("regression")
-    _check_spelling(classes, config.target)
-    if kind == "multiclass":
-        if config.positive is not None:
-            raise LabelsError(f"--positive is for two classes; column {config.target!r} has {some}")
-        return Task("multiclass", tuple(classes))
-    if len(classes) != 2:
-        raise LabelsError(f"column {config.target!r} has {some}, so it is not binary")
+    target = " ".join(config.target)
+    values = sorted(set(labels) - {""}, key=_natural)
+    if config.time is not None:
+        return _survival_task(values)
+    if len(config.target) > 1 or config.task == "multilabel" or (config.task == "auto" and _are_facts(values)):
+        return _task_of_facts(values, config)
+    if len(values) < 2:
+        raise LabelsError(f"column {target!r} has {len(values)} value(s); two are needed to learn a difference")
+    some = f"{len(values)} values ({', '.join(values[:8])}{', …' if len(values) > 8 else ''})"
+    kind = config.task if config.task != "auto" else "ordinal" if config.order else _kind_of(values, target)
+    if kind in ("regression", "proportion"):
+        numbers = [_number(value) for value in values]
+        if None in numbers:
+            raise LabelsError(f"column {target!r}: {values[numbers.index(None)]!r} is not a number, which {kind} needs")
+        return Task("regression") if kind == "regression" else _proportion([float(value) for value in values], target)
+    _check_spelling(values, target)
+    if kind == "binary":
+        if len(values) != 2:
+            raise LabelsError(f"column {target!r} has {some}, so it is not binary")
+        return _binary(values, config)
+    if config.positive is not None:
+        raise LabelsError(f"--positive is for two classes; column {target!r} has {some}")
+    if kind == "ordinal":
+        return Task("ordinal", _ordered(values, config))
+    return Task("multiclass", tuple(values))
+
+
+def _binary(classes: list[str], config: LabelsConfig) -> Task:
     positive = config.positive if config.positive is not None else classes[-1]
     if positive not in classes:
-        raise LabelsError(f"--positive {positive!r} is not a value of {config.target!r} ({', '.join(classes)})")
+        raise LabelsError(f"--positive {positive!r} is not a value of {' '.join(config.target)!r} ({', '.join(classes)})")
     return Task("binary", (classes[1 - classes.index(positive)], positive))
+
+
+def _ordered(values: list[str], config: LabelsConfig) -> tuple[str, ...]:
+    """Grades from low to high: as `--order` says, else by number. A grade that no slide has keeps its place."""
+    target = " ".join(config.target)
+    if config.order:
+        unknown = [value for value in values if value not in config.order]
+        if unknown:
+            raise LabelsError(f"--order lacks {unknown[0]!r}, a value of {target!r} ({', '.join(values)})")
+        return config.order
+    if any(_number(value) is None for value in values):
+        raise LabelsError(f"column {target!r} has text ({', '.join(values[:8])}); say which is lower: --order {' '.join(values)}")
+    return tuple(values)
+
+
+def _proportion(numbers: list[float], target: str) -> Task:
+    low, high = min(numbers), max(numbers)
+    if low < 0 or high > 100:
+        raise LabelsError(f"column {target!r} runs from {low:g} to {high:g}; a proportion is 0 to 1, or 0 to 100")
+    return Task("proportion", scale=1.0 if high <= 1 else 100.0)
+
+
+def _are_facts(values: list[str]) -> bool:
+    return bool(values) and all(re.fullmatch(r"([^;=]+=[01](;|$))+", value) for value in values)
+
+
+def _task_of_facts(values: list[str], config: LabelsConfig) -> Task:
+    named = list(dict.fromkeys(name for value in values for name in facts_of(value)))
+    classes = list(config.target) if len(config.target) > 1 else named
+    if not classes:
+        raise LabelsError(f"column {' '.join(config.target)!r} has no label in it")
+    if config.task == "binary":
+        if len(classes) != 2:
+            raise LabelsError(f"{len(classes)} targets are not two classes; say --task multiclass or multilabel")
+        return _binary(classes, config)
+    return Task("multiclass" if config.task == "multiclass" else "multilabel", tuple(classes))
+
+
+def _survival_task(values: list[str]) -> Task:
+    """Chances are stated at the deciles of the cohort's events: a grid for reports, from which nothing is learned."""
+    struck = [time for time, event in map(survival_of, values) if event]
+    if not struck:
+        raise LabelsError("no slide has an event: nothing to learn, whatever the times are")
+    deciles = np.quantile(struck, np.linspace(0.1, 0.9, 9))
+    return Task("survival", horizons=tuple(sorted({float(f"{time:.4g}") for time in deciles})))
 
 
 def _kind_of(classes: list[str], target: str) -> str:

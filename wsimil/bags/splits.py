@@ -5,6 +5,7 @@
   differ by at most one patient of a label, and no side lacks a label that has patients enough. Sites, then numbers of
   slides, decide between equals. (scikit-learn's StratifiedGroupKFold balances slides, and in small cohorts leaves
   validation sets without a class.)
+- Survival is balanced on who had the event, several labels one by one, a regression on quantiles.
 - The hash of the sorted rows goes into every checkpoint: a model knows which slides it must never be praised for.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,23 +60,23 @@ def make_splits(labels: Table, task: Task, config: SplitConfig) -> Table:
 @dataclass(frozen=True)
 class _Patient:
     name: str
-    labels: frozenset[str]  # of the slides; of a regression, the quantile of their mean
+    labels: frozenset[str]  # strata of the slides; of a regression, the quantile of their mean
     site: str
     n_slides: int
 
 
 def _patients(table: Table, task: Task, *, folds: int, use_site: bool) -> list[_Patient]:
-    strata = table["label"]
-    if task.kind == "regression":
+    strata = [task.strata(label) for label in table["label"]]
+    if task.has_values:
         values = table["label"].astype(float).groupby(table["patient"]).mean()
         bins = min(5, max(1, len(values) // (2 * folds)))
         ranks = values.rank(method="first") - 1
-        strata = table["patient"].map((ranks * bins // len(values)).astype(int).astype(str))
-    slides: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        strata = [(name,) for name in table["patient"].map((ranks * bins // len(values)).astype(int).astype(str))]
+    slides: dict[str, list[tuple[tuple[str, ...], str]]] = defaultdict(list)
     for name, stratum, site in zip(table["patient"], strata, table["site"], strict=True):
         slides[name].append((stratum, site))
     return [
-        _Patient(name, frozenset(stratum for stratum, _ in rows), rows[0][1] if use_site else "", len(rows))
+        _Patient(name, frozenset(one for strata, _ in rows for one in strata), rows[0][1] if use_site else "", len(rows))
         for name, rows in slides.items()
     ]
 
@@ -116,10 +118,13 @@ def _deal(patients: Sequence[_Patient], shares: Sequence[float], rng: np.random.
 
 
 def _check_enough(patients: Sequence[_Patient], task: Task, folds: int) -> None:
-    """Every fold needs a patient of each class in test, and two others for train and val."""
+    """Every fold needs a patient of each class (survival: with an event) in test, and two others for train and val.
+
+    A grade or one of several labels may be missing from a fold: the others still teach and count.
+    """
     counts = {"": len(patients)}
-    if task.kind != "regression":
-        counts |= Counter(label for patient in patients for label in sorted(patient.labels))
+    if task.kind in ("binary", "multiclass", "survival"):
+        counts |= Counter(label for patient in patients for label in sorted(patient.labels) if label != "censored")
     for label, count in counts.items():
         if count < folds or count - math.ceil(count / folds) < 2:
             whose = f"with label {label!r}" if label else "with a label"
@@ -164,8 +169,23 @@ def write_splits(path: Path, splits: Table) -> None:
 
 
 def read_splits(path: str | Path) -> Table:
-    """A checked splits table; `site` may be missing, and an empty patient is the slide itself. Raises SplitsError."""
+    """A checked splits table; `site` may be missing, and an empty patient is the slide itself.
+
+    CLAM's are read too: a `splits_<fold>.csv` with the slides of each side in columns train, val and test, or the folder of
+    several. They know no patients: match them with the label table and check again.
+
+    Raises:
+        SplitsError: a file that is neither, or splits that leak.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.glob("splits_*.csv") if re.fullmatch(r"splits_\d+", file.stem))
+        if not files:
+            raise SplitsError(f"{path}: no splits_<fold>.csv in it")
+        return _checked(path, pd.concat([_clam_fold(file) for file in files], ignore_index=True))
     splits = read_table(path, SplitsError)
+    if {"train", "val", "test"} <= set(splits.columns) and not {"fold", "slide_id"} <= set(splits.columns):
+        return _checked(path, _clam_fold(path))
     for column in COLUMNS:
         if column != "site":
             require_column(path, splits, column, SplitsError)
@@ -178,7 +198,25 @@ def read_splits(path: str | Path) -> Table:
         patient=splits["patient"].where(splits["patient"] != "", splits["slide_id"]),
         site=splits.get("site", ""),
         split=splits["split"].str.lower(),
-    )[COLUMNS].reset_index(drop=True)
+    )
+    return _checked(path, splits[COLUMNS].reset_index(drop=True))
+
+
+def _clam_fold(path: Path) -> Table:
+    """One of CLAM's: three columns of slides, as long as they happen to be. The fold is the number in the name, else 0."""
+    table = read_table(path, SplitsError)
+    for side in ("train", "val", "test"):
+        require_column(path, table, side, SplitsError)
+    digits = re.fullmatch(r"splits_(\d+)", path.stem)
+    fold = int(digits[1]) if digits else 0
+    sides = [(slide, side) for side in ("train", "val", "test") for slide in table[side] if slide.lower() not in ("", "nan")]
+    if any(slide.lower() in ("true", "false") for slide, _ in sides):
+        raise SplitsError(f"{path}: true and false in columns of slides; take the file without _bool in its name")
+    rows = [{"fold": fold, "slide_id": slide, "patient": slide, "site": "", "split": side} for slide, side in sides]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _checked(path: Path, splits: Table) -> Table:
     try:
         check_splits(splits)
     except SplitsError as error:

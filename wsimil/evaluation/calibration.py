@@ -15,9 +15,11 @@ from numpy.typing import ArrayLike
 from scipy import optimize, special
 
 from wsimil.evaluation.metrics import calibration_bins
+from wsimil.task import Task
 
 __all__ = [
     "Reliability",
+    "calibrate",
     "choose_threshold",
     "conformal_cutoff",
     "conformal_sets",
@@ -27,6 +29,21 @@ __all__ = [
 ]
 
 _TEMPERATURES = (0.1, 10.0)
+
+
+def calibrate(task: Task, logits: ArrayLike, targets: ArrayLike) -> tuple[float, float | None]:
+    """Temperature and (binary) threshold from validation logits and targets as `task.encode` gives them.
+
+    Of targets that are probabilities the likeliest class counts. Tasks without exclusive classes stay as they are: (1, None).
+    """
+    logits, targets = np.asarray(logits), np.asarray(targets)
+    if task.kind == "multiclass":
+        return fit_temperature(logits, targets.argmax(axis=1) if targets.ndim == 2 else targets), None
+    if task.kind != "binary":
+        return 1.0, None
+    labels = (targets > 0.5).astype(int)
+    temperature = fit_temperature(logits, labels)
+    return temperature, choose_threshold(labels, task.probabilities(logits, temperature)[:, 1])
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike, *, min_slides: int = 20) -> float:

@@ -122,8 +122,9 @@ def compare_predictions(
     if len(common) == 0:
         raise UsageError("no slide is predicted by the same fold (and seed) in both tables; they need the same splits")
     a, b = (rows.take(key.get_indexer(common)) for rows, key in zip(both, keys, strict=True))
-    if not (np.array_equal(a.label, b.label) and np.array_equal(a.event, b.event)):
-        slide = a.slide_id[np.argmax((a.label != b.label) | (a.event != b.event))]
+    differs = (a.event != b.event) | _differs(a.label, b.label)
+    if differs.any():
+        slide = a.slide_id[np.argmax(differs)]
         raise UsageError(f"slide {slide} has different labels in the two tables; pass the labels table")
 
     value_a, value_b = _values(a), _values(b)
@@ -227,10 +228,16 @@ def _pooled_view(
     view: dict[str, Any] = {"n_slides": _n(rows.slide_id), "n_patients": _n(rows.patient), "metrics": entries}
     if len(seeds) > 1:
         view["n_seeds"] = len(seeds)
-    if rows.classes:
+    if rows.kind == "multilabel":
+        known = ~np.isnan(rows.label)
+        view["n_per_class"] = {name: _n(rows.slide_id[rows.label[:, index] == 1]) for index, name in enumerate(rows.classes)}
+        view["n_known"] = {name: _n(rows.slide_id[known[:, index]]) for index, name in enumerate(rows.classes)}
+    elif rows.classes:
         table = metrics.confusion_matrix(rows.label, rows.predicted, n_classes=len(rows.classes))
         view["n_per_class"] = {name: _n(rows.slide_id[rows.label == index]) for index, name in enumerate(rows.classes)}
         view["confusion"] = table.astype(int).tolist()  # rows: true class, columns: predicted; summed over seeds
+    if rows.kind == "survival":
+        view["n_events"] = _n(rows.slide_id[rows.event])
     return view
 
 
@@ -286,10 +293,13 @@ def _values(rows: Predictions, weights: np.ndarray | None = None) -> dict[str, n
 def _measure(rows: Predictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
     if rows.kind == "binary":
         return metrics.binary_metrics(rows.label, rows.score[:, 1], rows.predicted, weights)
-    if rows.kind == "regression":
+    if rows.kind == "multilabel":
+        return metrics.multilabel_metrics(rows.label, rows.score, rows.predicted, weights, classes=rows.classes)
+    if rows.kind in ("regression", "proportion"):
         return metrics.regression_metrics(rows.label, rows.score, weights)
     if rows.kind == "survival":
-        return metrics.survival_metrics(rows.label, rows.event, rows.score, weights)
+        chances = rows.survival if rows.survival.shape[1] else None
+        return metrics.survival_metrics(rows.label, rows.event, rows.score, weights, survival=chances, horizons=rows.horizons)
     ordered = rows.kind == "ordinal" or all(name.isdigit() for name in rows.classes)  # grades, as 0-5
     return metrics.multiclass_metrics(rows.label, rows.score, rows.predicted, weights, classes=rows.classes, ordered=ordered)
 
@@ -323,16 +333,27 @@ def _why_undefined(rows: Predictions, name: str) -> str:
     n = _n(rows.slide_id)
     if n == 0:
         return "no slide to evaluate"
+    if rows.kind == "multilabel":
+        named = [one for one in rows.classes if name in (f"auroc_{one}", f"auprc_{one}", f"f1_{one}")]
+        return f"the slides where {named[0]} is known are all alike" if named else "no label is known with both 0 and 1"
     if rows.classes:
         present = [rows.classes[index] for index in np.unique(rows.label)]
         named = next((one for one in rows.classes if name in (f"auroc_{one}", f"recall_{one}")), None)
         if named is not None and named not in present:
             return f"no slide is {named}"
         return f"all {n} slides are {present[0]}" if len(present) == 1 else "not defined for these predictions"
+    if rows.kind == "survival" and name.startswith(("auroc", "integrated")):
+        return f"too few of {n} slides have the event before a horizon, or live beyond it"
     if rows.kind == "survival":
         return f"no two of {n} slides have a known order of events"
     n_labels, n_values = np.unique(rows.label).size, np.unique(rows.score).size
     return f"{n} slides with {n_labels} different labels and {n_values} different predictions"
+
+
+def _differs(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(n,) whether the labels of a row differ; what both do not know is the same."""
+    same = (one == other) | (np.isnan(one.astype(np.float64)) & np.isnan(other.astype(np.float64)))
+    return ~same.reshape(len(one), -1).all(axis=1)
 
 
 def _note_leaks(rows: Predictions, notes: dict[str, str]) -> None:
@@ -358,7 +379,7 @@ def _note_leaks(rows: Predictions, notes: dict[str, str]) -> None:
 
 def _range(name: str) -> tuple[float, float]:
     """The values a metric can take, so that a t interval does not promise an AUROC of 1.03."""
-    if name in ("nll", "mae", "brier"):
+    if name in ("nll", "mae", "brier", "mae_steps", "integrated_brier"):
         return 0.0, np.inf
     if name == "r2":
         return -np.inf, 1.0

@@ -6,7 +6,8 @@
   metric estimates first (the bins of `ece`, the censoring curve of `ipcw_c`) stays that of the whole sample.
 - What is not defined (one class only, constant labels) is NaN, never 0 or .5; `evaluate` turns it into null with a
   reason.
-- Labels are class indices; of two classes, 1 is the positive one.
+- Labels are class indices; of two classes, 1 is the positive one. Of several labels each is 0, 1, or NaN where unknown: then the
+  slide is left out for that label alone.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = [
     "ece",
     "f1",
     "harrell_c",
+    "integrated_brier",
     "ipcw_c",
     "kaplan_meier",
     "macro_auroc",
@@ -35,6 +37,7 @@ __all__ = [
     "mae",
     "matthews",
     "multiclass_metrics",
+    "multilabel_metrics",
     "nll",
     "quadratic_kappa",
     "r_squared",
@@ -46,6 +49,7 @@ __all__ = [
     "spearman",
     "specificity",
     "survival_metrics",
+    "time_dependent_auc",
 ]
 
 _SMALLEST_PROBABILITY = float(np.finfo(np.float32).eps)
@@ -294,14 +298,59 @@ def ipcw_c(
     Events at or after `tau` (default: none is left out) start no pair. The censoring curve is estimated on the
     evaluated slides, once: a resample keeps it.
     """
-    time, event = np.asarray(time, dtype=np.float64), np.asarray(event, dtype=bool)
-    # events leave before censorings of the same time, so at an event's time the curve is taken just before it
-    times, uncensored = kaplan_meier(time, ~event)
-    before = np.concatenate([[1.0], uncensored])[np.searchsorted(times, time, side="left")]
+    time = np.asarray(time, dtype=np.float64)
+    before = _uncensored_before(time, event)
     pair_weight = _ratio(np.ones_like(before), before**2, otherwise=0.0)
     if tau is not None:
         pair_weight = np.where(time < tau, pair_weight, 0.0)
     return _concordance(time, event, risk, weights, pair_weight)
+
+
+def time_dependent_auc(
+    time: ArrayLike, event: ArrayLike, risk: ArrayLike, weights: ArrayLike | None = None, *, at: float
+) -> np.ndarray:
+    """Chance that a slide with the event until `at` has a higher risk than one without it then, ties half (Uno et al. 2007).
+
+    Slides censored before `at` are neither; those with the event stand for them, by the inverse chance of being uncensored.
+    """
+    time, risk = np.asarray(time, dtype=np.float64), np.asarray(risk, dtype=np.float64)
+    weights = _weights(weights, time.size)
+    struck = np.asarray(event, dtype=bool) & (time <= at)
+    counted = struck * _ratio(np.ones(time.size), _uncensored_before(time, event), otherwise=0.0) + (time > at)
+    return auroc(struck, risk, weights * counted)
+
+
+def integrated_brier(
+    time: ArrayLike,
+    event: ArrayLike,
+    survival: ArrayLike,
+    horizons: ArrayLike,
+    weights: ArrayLike | None = None,
+) -> np.ndarray:
+    """Mean squared error of the predicted chance (n, H) to be without the event at the horizons (H,), integrated between them
+    (trapezoids) and divided by their span; censoring as in `time_dependent_auc` (Graf et al. 1999). Lower is better: always
+    saying .5 gives .25.
+
+    Horizons from the last observed time on are left out, for nobody is known to be without the event there; NaN when fewer than
+    two remain.
+    """
+    time, event = np.asarray(time, dtype=np.float64), np.asarray(event, dtype=bool)
+    horizons, survival = np.asarray(horizons, dtype=np.float64), np.asarray(survival, dtype=np.float64)
+    weights = _weights(weights, time.size)
+    seen = horizons < time.max(initial=-np.inf)
+    horizons, survival = horizons[seen], survival.reshape(time.size, horizons.size)[:, seen]
+    if horizons.size < 2:
+        return np.full(weights.shape[:-1], np.nan)
+    known = _ratio(np.ones(time.size), _uncensored_before(time, event), otherwise=0.0)
+    times, uncensored = _uncensored(time, event)
+    errors = []
+    for column, horizon in enumerate(horizons):
+        left = uncensored[np.searchsorted(times, horizon, side="right")]
+        struck = (time <= horizon) & event
+        squared = struck * known * survival[:, column] ** 2
+        squared = squared + (time > horizon) * _ratio(1.0, left, otherwise=0.0) * (1.0 - survival[:, column]) ** 2
+        errors.append(_mean(squared, weights))
+    return np.trapezoid(np.stack(errors, axis=-1), horizons, axis=-1) / (horizons[-1] - horizons[0])
 
 
 # everything about one kind of task
@@ -348,7 +397,9 @@ def multiclass_metrics(
     classes: Sequence[str],
     ordered: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Every metric of C classes, probability (n, C): macro means, and one-vs-rest AUROC and recall by class name."""
+    """Every metric of C classes, probability (n, C): macro means, and one-vs-rest AUROC and recall by class name. Of ordered
+    classes also the quadratic kappa and the mean number of steps by which the prediction is off.
+    """
     label, predicted = np.asarray(label, dtype=np.int64), np.asarray(predicted, dtype=np.int64)
     probability = np.asarray(probability, dtype=np.float64)
     weights = _weights(weights, label.size)
@@ -369,6 +420,7 @@ def multiclass_metrics(
     }
     if ordered:
         metrics["quadratic_kappa"] = quadratic_kappa(confusion)
+        metrics["mae_steps"] = mae(label, predicted, weights)
     metrics |= {f"auroc_{name}": area for name, area in zip(classes, areas, strict=True)}
     metrics |= {f"recall_{name}": recalls[..., index] for index, name in enumerate(classes)}
     return metrics
@@ -384,13 +436,80 @@ def regression_metrics(target: ArrayLike, value: ArrayLike, weights: ArrayLike |
     }
 
 
-def survival_metrics(time: ArrayLike, event: ArrayLike, risk: ArrayLike, weights: ArrayLike | None = None) -> dict[str, np.ndarray]:
-    """Every survival metric; a higher risk means an earlier event."""
+def multilabel_metrics(
+    label: ArrayLike, probability: ArrayLike, predicted: ArrayLike, weights: ArrayLike | None = None, *, classes: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Every metric of L labels, all (n, L), on the slides where each is known: means over the labels where it is defined, and
+    AUROC, AUPRC and F1 by label.
+    """
+    label, probability = np.asarray(label, dtype=np.float64), np.asarray(probability, dtype=np.float64)
+    predicted = np.asarray(predicted, dtype=np.int64)
+    weights = _weights(weights, len(label))
+    each = []
+    for column in range(len(classes)):
+        known = ~np.isnan(label[:, column])
+        truth, score, mine = label[known, column].astype(np.int64), probability[known, column], weights[..., known]
+        confusion = confusion_matrix(truth, predicted[known, column], mine, n_classes=2)
+        each.append(
+            {
+                "auroc": auroc(truth, score, mine),
+                "auprc": average_precision(truth, score, mine),
+                "accuracy": accuracy(confusion),
+                "balanced_accuracy": balanced_accuracy(confusion),
+                "f1": f1(confusion),
+                "brier": brier(truth, score, mine),
+                "nll": nll(truth, score, mine),
+            }
+        )
+    metrics = {name: _mean_of_defined(np.stack([one[name] for one in each], axis=-1)) for name in each[0]}
+    for name in ("auroc", "auprc", "f1"):
+        metrics |= {f"{name}_{which}": one[name] for which, one in zip(classes, each, strict=True)}
+    return metrics
+
+
+def survival_metrics(
+    time: ArrayLike,
+    event: ArrayLike,
+    risk: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    survival: ArrayLike | None = None,
+    horizons: Sequence[float] = (),
+) -> dict[str, np.ndarray]:
+    """Every survival metric; a higher risk means an earlier event. With horizons (H,) the AUROC at the first, middle and last of
+    them, and their mean over all; with chances `survival` (n, H) the integrated Brier score.
+    """
     weights = _weights(weights, np.asarray(time).size)
-    return {"harrell_c": harrell_c(time, event, risk, weights), "ipcw_c": ipcw_c(time, event, risk, weights)}
+    metrics = {"harrell_c": harrell_c(time, event, risk, weights), "ipcw_c": ipcw_c(time, event, risk, weights)}
+    if horizons:
+        areas = {f"{at:g}": time_dependent_auc(time, event, risk, weights, at=at) for at in horizons}
+        metrics["auroc_over_time"] = _mean_of_defined(np.stack(list(areas.values()), axis=-1))
+        named = list(areas)
+        metrics |= {f"auroc_at_{name}": areas[name] for name in (named[0], named[len(named) // 2], named[-1])}
+        if survival is not None:
+            metrics["integrated_brier"] = integrated_brier(time, event, survival, horizons, weights)
+    return metrics
 
 
 # shared arithmetic
+
+
+def _uncensored(time: ArrayLike, event: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Times (U,), rising, and the chance of not being censored until just before the first (of all, 1) and just after each
+    (U + 1,): events leave before censorings of the same time.
+    """
+    time, event = np.asarray(time, dtype=np.float64), np.asarray(event, dtype=bool)
+    times, index = np.unique(time, return_inverse=True)
+    events, leaving = np.bincount(index, weights=event, minlength=times.size), np.bincount(index, minlength=times.size)
+    at_risk = time.size - (np.cumsum(leaving) - leaving) - events
+    staying = 1.0 - _ratio(leaving - events, at_risk, otherwise=0.0)
+    return times, np.concatenate([[1.0], np.cumprod(staying)])
+
+
+def _uncensored_before(time: np.ndarray, event: ArrayLike) -> np.ndarray:
+    """Chance (n,) of not being censored before a slide's own time."""
+    times, chance = _uncensored(time, event)
+    return chance[np.searchsorted(times, time, side="left")]
 
 
 def _weights(weights: ArrayLike | None, n: int) -> np.ndarray:

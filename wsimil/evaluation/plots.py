@@ -63,7 +63,7 @@ def _roc(rows: Predictions, amount: str, n_bootstrap: int, seed: int, confidence
     for colour, (name, label, score) in zip(_cycle(len(curves)), curves, strict=True):
         false_rate, true_rate = roc_points(label, score)
         text = f"{float(auroc(label, score)):.3f}"
-        if len(curves) == 1 and n_bootstrap > 1 and np.unique(rows.patient).size > 1:
+        if len(curves) == 1 and rows.kind != "multilabel" and n_bootstrap > 1 and np.unique(rows.patient).size > 1:
             grid = np.linspace(0.0, 1.0, 101)
             replicates = _roc_replicates(label, score, rows.patient, grid, n_bootstrap=n_bootstrap, seed=seed)
             tail = (1.0 - confidence) / 2.0
@@ -109,7 +109,7 @@ def _precision_recall(rows: Predictions, amount: str) -> Figure | None:
 
 
 def _reliability(rows: Predictions, amount: str) -> Figure | None:
-    if not rows.classes:
+    if not rows.classes or rows.kind == "multilabel":
         return None
     if rows.kind == "binary":
         outcome, probability = rows.label == 1, rows.score[:, 1]
@@ -129,7 +129,7 @@ def _reliability(rows: Predictions, amount: str) -> Figure | None:
 
 
 def _confusion(rows: Predictions, amount: str) -> Figure | None:
-    if not rows.classes:
+    if not rows.classes or rows.kind == "multilabel":
         return None
     n_classes = len(rows.classes)
     table = confusion_matrix(rows.label, rows.predicted, n_classes=n_classes)
@@ -152,7 +152,7 @@ def _confusion(rows: Predictions, amount: str) -> Figure | None:
 
 
 def _scatter(rows: Predictions, amount: str) -> Figure | None:
-    if rows.kind != "regression":
+    if rows.kind not in ("regression", "proportion"):
         return None
     figure, axes = _axes("True value", "Predicted value", square=False)
     both = np.concatenate([rows.label, rows.score])
@@ -182,6 +182,10 @@ def _one_vs_rest(rows: Predictions) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """(name, label (n,) bool, score (n,)) of every class that has slides on both sides; of two classes, the positive
     one.
     """
+    if rows.kind == "multilabel":
+        parts = [(name, ~np.isnan(rows.label[:, index]), index) for index, name in enumerate(rows.classes)]
+        labels = [(name, rows.label[known, index] == 1, rows.score[known, index]) for name, known, index in parts]
+        return [(name, label, score) for name, label, score in labels if 0 < label.sum() < label.size]
     indices = [1] if rows.kind == "binary" else range(len(rows.classes))
     curves = [(rows.classes[index], rows.label == index, rows.score[:, index]) for index in indices]
     return [(name, label, score) for name, label, score in curves if 0 < label.sum() < label.size]

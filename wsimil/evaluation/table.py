@@ -6,6 +6,8 @@
   "1".
 - A probability that is missing or impossible on a predicted slide is an error, never a slide quietly left out.
 - A labels table, when given, has the last word on label and patient.
+- The columns tell the task: `prob_…` of classes; with `value` beside them grades; several labels where a prediction reads
+  `a=1;b=0`; `value` alone a regression or proportion; `risk` (and `surv_<time>`) survival.
 """
 
 from __future__ import annotations
@@ -19,16 +21,19 @@ import numpy as np
 import pandas as pd
 
 from wsimil.errors import LabelsError, UsageError
+from wsimil.task import Task, facts_of, survival_of
 
 __all__ = ["ENSEMBLE", "KINDS", "Predictions", "check_predictions", "read_predictions"]
 
-KINDS = ("binary", "multiclass", "ordinal", "regression", "survival")
+KINDS = ("binary", "multiclass", "multilabel", "ordinal", "regression", "proportion", "survival")
 
 ENSEMBLE = "ensemble"
 """The fold of new slides, which the mean of all folds predicts."""
 
 _STATUSES = ("done", "empty", "failed", "skipped")
 _PREFIX = "prob_"
+_SURVIVAL_PREFIX = "surv_"
+_NUMBER_OF_KIND = {"regression": "value", "proportion": "value", "survival": "risk"}
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,18 @@ class Predictions:
     """n evaluated rows, one for each slide and fold that tested it (and seed, where there are several)."""
 
     kind: str
-    classes: tuple[str, ...]  # binary: (negative, positive); empty for regression and survival
+    classes: tuple[str, ...]  # binary: (negative, positive); the labels of a multi-label task; empty for values and survival
     slide_id: np.ndarray  # (n,) str
     patient: np.ndarray  # (n,) str
     fold: np.ndarray  # (n,) str
     seed: np.ndarray  # (n,) str
-    label: np.ndarray  # (n,) class index; the target of a regression; the time of an event or censoring
+    label: np.ndarray  # (n,) class index; the target of a regression; the time of an event or censoring; (n, L) 0, 1 or NaN
     event: np.ndarray  # (n,) bool, survival: the event happened; else False
     score: np.ndarray  # (n, classes) probabilities; (n,) value or risk
-    predicted: np.ndarray  # (n,) class index; zeros without classes
+    predicted: np.ndarray  # (n,) class index, (n, L) of several labels; zeros without classes
     threshold: np.ndarray  # (n,) of the binary decision; NaN where the table does not say
+    survival: np.ndarray  # (n, H) chance of being without the event at the horizons
+    horizons: tuple[float, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)  # slides of the whole table by what became of them
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -75,7 +82,7 @@ def read_predictions(path: str | os.PathLike[str]) -> pd.DataFrame:
     except (OSError, UnicodeDecodeError, pd.errors.EmptyDataError, pd.errors.ParserError) as error:
         raise UsageError(f"{path}: not a predictions table: {error}") from error
     for column in table.columns:
-        if column.startswith(_PREFIX) or column in ("value", "risk", "threshold", "time"):
+        if column.startswith((_PREFIX, _SURVIVAL_PREFIX)) or column in ("value", "risk", "threshold", "time"):
             try:
                 table[column] = pd.to_numeric(table[column].mask(table[column].isin(["", "nan", "NaN"])))
             except ValueError as error:
@@ -95,7 +102,8 @@ def check_predictions(
     `value`, `risk`.
 
     Args:
-        labels: slide_id with label (survival: time, event) and optional patient; instead of what `predictions` says.
+        labels: slide_id with label (survival: as `12.5+`, or time and event) and optional patient; instead of what
+            `predictions` says.
         positive: the positive one of two classes; default the second.
 
     Raises:
@@ -134,29 +142,37 @@ def _task(table: Any, kind: str | None, classes: Sequence[str] | None, positive:
     found = [str(column).removeprefix(_PREFIX) for column in table.columns if str(column).startswith(_PREFIX)]
     if kind is None:
         if found:
-            kind = "binary" if len(found) == 2 else "multiclass"
+            kind = _kind_of_classes(table, found)
         elif "value" in table or "risk" in table:
             kind = "regression" if "value" in table else "survival"
         else:
             raise UsageError("predictions have none of the columns prob_<class>, value, risk: nothing to evaluate")
     if kind not in KINDS:
         raise UsageError(f"kind {kind!r} is unknown; expected one of {', '.join(KINDS)}")
-    if kind in ("regression", "survival"):
-        column = "value" if kind == "regression" else "risk"
-        if column not in table:
-            raise UsageError(f"predictions of a {kind} need the column {column}")
+    if kind in _NUMBER_OF_KIND:
+        if _NUMBER_OF_KIND[kind] not in table:
+            raise UsageError(f"predictions of a {kind} need the column {_NUMBER_OF_KIND[kind]}")
         return kind, ()
     names = tuple(str(name) for name in classes) if classes else tuple(found)
     missing = [name for name in names if name not in found]
     if missing:
         raise UsageError(f"predictions have no column {_PREFIX}{missing[0]}; they have classes {', '.join(found)}")
-    if len(names) < 2 or (kind == "binary" and len(names) != 2):
+    if len(names) < (1 if kind == "multilabel" else 2) or (kind == "binary" and len(names) != 2):
         raise UsageError(f"{kind} predictions with {len(names)} classes: {', '.join(names) or 'no column prob_…'}")
     if positive is not None and kind == "binary":
         if positive not in names:
             raise UsageError(f"positive class {positive!r} is not one of {', '.join(names)}")
         names = (*(name for name in names if name != positive), positive)
     return kind, names
+
+
+def _kind_of_classes(table: Any, names: list[str]) -> str:
+    said = [] if "prediction" not in table else [value for value in table["prediction"].map(_plain) if value]
+    if said and all("=" in value and value not in names for value in said):
+        return "multilabel"
+    if "value" in table:
+        return "ordinal"
+    return "binary" if len(names) == 2 else "multiclass"
 
 
 def _joined(table: Any, labels: Any, kind: str) -> tuple[Any, dict[str, str]]:
@@ -166,6 +182,8 @@ def _joined(table: Any, labels: Any, kind: str) -> tuple[Any, dict[str, str]]:
     if (table["slide_id"] == "").any():
         raise UsageError(f"row {int(np.argmax(table['slide_id'] == '')) + 1} of the predictions has no slide_id")
     truth = ["time", "event"] if kind == "survival" else ["label"]
+    if kind == "survival":
+        table, labels = _with_times(table), labels if labels is None else _with_times(labels)
     if labels is not None:
         missing = [column for column in ("slide_id", *truth) if column not in labels]
         if missing:
@@ -177,7 +195,7 @@ def _joined(table: Any, labels: Any, kind: str) -> tuple[Any, dict[str, str]]:
             slide = given.loc[given["slide_id"].duplicated(), "slide_id"].iloc[0]
             raise LabelsError(f"slide {slide} is in the labels table twice, with different entries; keep one")
         by_slide = given.set_index("slide_id")
-        if kind not in ("survival", "regression") and "label" in table:
+        if kind not in _NUMBER_OF_KIND and "label" in table:
             there, here = table["slide_id"].map(by_slide["label"]).map(_plain_label), table["label"].map(_plain_label)
             differ = int(((there != here) & (there != "") & (here != "")).sum())
             if differ:
@@ -201,8 +219,17 @@ def _joined(table: Any, labels: Any, kind: str) -> tuple[Any, dict[str, str]]:
     return table, notes
 
 
+def _with_times(table: Any) -> Any:
+    """Columns time and event, from labels such as `12.5+` where the table has none."""
+    if "time" in table or "label" not in table:
+        return table
+    parts = [None if _is_missing(label) else survival_of(str(label)) for label in table["label"]]
+    time = [np.nan if part is None else part[0] for part in parts]
+    return table.assign(time=time, event=["" if part is None else str(int(part[1])) for part in parts])
+
+
 def _refuse_impossible(table: Any, kind: str, classes: tuple[str, ...]) -> None:
-    columns = [_PREFIX + name for name in classes] or ["value" if kind == "regression" else "risk"]
+    columns = [_PREFIX + name for name in classes] or [_NUMBER_OF_KIND[kind]]
     try:
         numbers = table[columns].to_numpy(dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -215,24 +242,33 @@ def _refuse_impossible(table: Any, kind: str, classes: tuple[str, ...]) -> None:
             f" ({int((~finite).sum())} such rows); predict it again, or set its status to failed"
         )
     if classes:
-        possible = (np.abs(numbers.sum(axis=1) - 1.0) < 1e-2) & (numbers >= -1e-6).all(axis=1)
+        several = kind == "multilabel"  # each has a probability of its own
+        possible = (numbers >= -1e-6).all(axis=1) & (numbers <= 1 + 1e-6).all(axis=1)
+        possible &= several | (np.abs(numbers.sum(axis=1) - 1.0) < 1e-2)
         if not possible.all():
             first = int(np.argmin(possible))
+            sum_ = "" if several else " with sum 1"
             raise UsageError(
-                f"slide {table['slide_id'].iloc[first]}: probabilities {numbers[first].tolist()} are not between 0 and 1 with sum 1"
+                f"slide {table['slide_id'].iloc[first]}: probabilities {numbers[first].tolist()} are not between 0 and 1{sum_}"
             )
 
 
 def _arrays(rows: Any, kind: str, classes: tuple[str, ...], counts: dict[str, int], notes: dict[str, str]) -> Predictions:
     n = len(rows)
     event, predicted, threshold = np.zeros(n, dtype=bool), np.zeros(n, dtype=np.int64), np.full(n, np.nan)
-    if classes:
+    survival, horizons = np.zeros((n, 0)), ()
+    if classes and "threshold" in rows:
+        threshold = _floats(rows["threshold"])
+    if kind == "multilabel":
+        label, score = _facts(rows, "label", classes), rows[[_PREFIX + name for name in classes]].to_numpy(dtype=np.float64)
+        predicted = (score >= np.where(np.isnan(threshold), 0.5, threshold)[:, None]).astype(np.int64)
+    elif classes:
         label = _class_indices(rows, "label", classes)
         score = rows[[_PREFIX + name for name in classes]].to_numpy(dtype=np.float64)
-        if "threshold" in rows:
-            threshold = _floats(rows["threshold"])
         if kind == "binary":
             predicted = (score[:, 1] >= np.where(np.isnan(threshold), 0.5, threshold)).astype(np.int64)
+        elif kind == "ordinal":  # the median grade
+            predicted = (np.cumsum(score, axis=1)[:, :-1] < 0.5).sum(axis=1)
         else:
             predicted = score.argmax(axis=1)
         said = np.zeros(n, dtype=bool)
@@ -242,7 +278,7 @@ def _arrays(rows: Any, kind: str, classes: tuple[str, ...], counts: dict[str, in
         undecided = int((~said & np.isnan(threshold)).sum()) if kind == "binary" else 0
         if undecided:
             notes["threshold"] = f"{undecided} rows have neither prediction nor threshold; .5 was used"
-    elif kind == "regression":
+    elif kind in ("regression", "proportion"):
         label, score = _numbers(rows, "label"), rows["value"].to_numpy(dtype=np.float64)
     else:
         label, score = _numbers(rows, "time"), rows["risk"].to_numpy(dtype=np.float64)
@@ -252,16 +288,40 @@ def _arrays(rows: Any, kind: str, classes: tuple[str, ...], counts: dict[str, in
             slide = rows["slide_id"].loc[unknown.index[0]]
             raise LabelsError(f"slide {slide}: event {unknown.iloc[0]!r} is not 0 or 1")
         event = events.isin(["1", "true"]).to_numpy(dtype=bool)
+        survival, horizons = _chances(rows, notes)
     ids = {name: rows[name].to_numpy(dtype=str) for name in ("slide_id", "patient", "fold", "seed")}
     return Predictions(
         kind, classes, **ids, label=label, event=event, score=score, predicted=predicted, threshold=threshold,
-        counts=counts, notes=notes,
+        survival=survival, horizons=horizons, counts=counts, notes=notes,
     )  # fmt: skip
+
+
+def _chances(rows: Any, notes: dict[str, str]) -> tuple[np.ndarray, tuple[float, ...]]:
+    """The columns `surv_<time>`, by time; none where any row lacks one."""
+    columns = {float(name.removeprefix(_SURVIVAL_PREFIX)): name for name in rows.columns if str(name).startswith(_SURVIVAL_PREFIX)}
+    horizons = tuple(sorted(columns))
+    chances = np.stack([_floats(rows[columns[at]]) for at in horizons], axis=1) if horizons else np.zeros((len(rows), 0))
+    if not np.isfinite(chances).all():
+        notes["integrated_brier"] = "some slides have no chance to be without the event (no baseline hazard): not computed"
+        return np.zeros((len(rows), 0)), horizons
+    return chances, horizons
+
+
+def _facts(rows: Any, column: str, classes: tuple[str, ...]) -> np.ndarray:
+    """(n, labels) 0, 1 or NaN of cells such as `a=1;b=0`."""
+    table = np.full((len(rows), len(classes)), np.nan)
+    for row, (slide, text) in enumerate(zip(rows["slide_id"], rows[column].map(_plain), strict=True)):
+        for name, value in facts_of(text).items():
+            if name not in classes or value not in (0, 1):
+                raise LabelsError(f"slide {slide}: {column} {text!r}; expected 0 or 1 of {', '.join(classes)}")
+            table[row, classes.index(name)] = value
+    return table
 
 
 def _class_indices(rows: Any, column: str, classes: tuple[str, ...]) -> np.ndarray:
     exact = rows[column].map(_plain)
     names = exact.where(exact.isin(classes), rows[column].map(_plain_label))
+    names = names.map(Task("multiclass", classes).hard_label)  # of probabilities, the likeliest
     unknown = ~names.isin(classes)
     if unknown.any():
         slide = rows.loc[unknown, "slide_id"].iloc[0]

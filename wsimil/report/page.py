@@ -111,11 +111,18 @@ def _plots(metrics: dict[str, Any]) -> str:
 def _slides(study: Path, predictions: pd.DataFrame) -> str:
     table = predictions.assign(wrong=False)
     if "prediction" in table:
-        known = (table["status"] == "done") & (table["label"].astype(str) != "")
-        table["wrong"] = known & (table["label"].astype(str) != table["prediction"].astype(str))
+        cells = zip(table["status"], table["label"].astype(str), table["prediction"].astype(str), strict=True)
+        table["wrong"] = [status == "done" and label != "" and _disagree(label, said) for status, label, said in cells]
     rows = table.sort_values(["wrong", "slide_id"], ascending=[False, True]).to_dict("records")
     figures = [_figure(study, row) for row in rows]
     return f'<div class="slides">{"".join(figures)}</div>'
+
+
+def _disagree(label: str, prediction: str) -> bool:
+    """Of several labels (`a=1;b=0`) those that are known count."""
+    if "=" in prediction:
+        return not set(label.split(";")) <= set(prediction.split(";"))
+    return label != prediction
 
 
 def _figure(study: Path, row: dict[str, Any]) -> str:
@@ -128,9 +135,11 @@ def _figure(study: Path, row: dict[str, Any]) -> str:
     text = html.escape(name)
     if row["status"] != "done":
         text += f"<br>{html.escape(str(row['status']))}"
-    elif "value" in row:
-        text += f"<br>predicted {float(row['value']):.3g}, true {html.escape(str(row['label']))}"
+    elif "prediction" in row:
+        probability = row.get(f"prob_{row['prediction']}")  # several labels have none of their own
+        chance = "" if probability is None else f" ({float(probability):.2f})"
+        text += f"<br>{html.escape(str(row['prediction']))}{chance}, true {html.escape(str(row['label']))}"
     else:
-        probability = float(row[f"prob_{row['prediction']}"])
-        text += f"<br>{html.escape(str(row['prediction']))} ({probability:.2f}), true {html.escape(str(row['label']))}"
+        said = f"predicted {float(row['value']):.3g}" if "value" in row else f"risk {float(row['risk']):.3g}"
+        text += f"<br>{said}, true {html.escape(str(row['label']))}"
     return f'<figure class="{"wrong" if row["wrong"] else ""}">{image}<figcaption>{text}</figcaption></figure>'

@@ -1,0 +1,67 @@
+"""The unit tests of the MIL assumption: cues lie where they are said to, and who keeps it is told from who does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+SOURCE = Path(__file__).parents[2] / "pipelines" / "mil_assumptions.py"
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    specification = importlib.util.spec_from_file_location("mil_assumptions", SOURCE)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("assumption", ["single concept", "multiple concepts"])
+def test_the_poison_is_in_negative_bags_of_training_and_positive_ones_of_the_test(pipeline, assumption):
+    for training in (True, False):
+        drawn = pipeline.draw_bags(pipeline.ASSUMPTIONS[assumption], 20, training=training, seed=0)
+        poisoned = [bool((drawn.bags.bag(index).features.mean(1) < -9).any()) for index in range(20)]
+        assert poisoned == [bool(target) != training for target in drawn.targets]
+
+
+def test_positive_bags_hold_both_concepts_and_negative_ones_never_do(pipeline):
+    for assumption in ("multiple concepts", "false frequency"):
+        for training in (True, False):
+            drawn = pipeline.draw_bags(pipeline.ASSUMPTIONS[assumption], 40, training=training, seed=0)
+            for index, target in enumerate(drawn.targets):
+                features = drawn.bags.bag(index).features
+                held = sum(int(((features - center).abs().amax(1) < 1).any()) for center in (2, 3))
+                assert held == (2 if target else 1)
+
+
+def test_the_frequency_of_a_concept_turns_round(pipeline):
+    for training, order in ((True, 1), (False, -1)):
+        drawn = pipeline.draw_bags(pipeline.ASSUMPTIONS["false frequency"], 20, training=training, seed=0)
+        counts = torch.stack([(drawn.bags.bag(index).features.mean(1) > 1.5).sum() for index in range(20)])
+        positive = drawn.targets.bool()
+        assert (order * (counts[positive].min() - counts[~positive].max())) > 0
+
+
+def test_a_maximum_keeps_the_assumption_and_a_mean_breaks_it(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline, "ASSUMPTIONS", {"single concept": pipeline.single_concept})
+    (maximum,) = pipeline.examine("instance_max", steps=200, n_bags=100)
+    (mean,) = pipeline.examine("mean_pool", steps=100, n_bags=100)
+    assert maximum["kept"] and maximum["auc_test"] > 0.65
+    assert not mean["kept"] and mean["auc_train"] > 0.95
+
+
+def test_the_table_has_a_line_for_each_aggregator(pipeline, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "rows.csv"
+    monkeypatch.setattr(
+        sys, "argv", ["mil_assumptions", "--aggregators", "mean_pool", "instance_max", "--steps", "1", "--out", str(out)]
+    )
+    pipeline.main()
+    table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    assert [line.split("|")[1].strip() for line in table] == ["aggregator", "---", "mean_pool", "instance_max"]
+    assert len(pd.read_csv(out)) == 6

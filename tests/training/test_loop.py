@@ -1,0 +1,235 @@
+"""The loop: pieces change nothing, arithmetic is as asked, options arrive, and test slides do not."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toy_bags import DIM, write_cohort
+
+from wsimil.aggregators import Standardized, make_aggregator, packed
+from wsimil.bags.bag import read_bag
+from wsimil.bags.dataset import BagFolder
+from wsimil.batch import BagBatch
+from wsimil.config import Settings, SplitConfig, TrainConfig, read_settings
+from wsimil.errors import ConfigError, SplitsError
+from wsimil.files import read_json
+from wsimil.hdf5 import Dataset, read_attributes, write_hdf5
+from wsimil.objectives import ClamInstances, SlideLabel
+from wsimil.task import Task
+from wsimil.training import load_model, train
+from wsimil.training.dropout import ByteDropout, quicken_dropout
+from wsimil.training.goals import build_objective
+from wsimil.training.items import LabelledSlides, TileStore
+from wsimil.training.loop import Fitted, fit, resolve_precision
+
+TASK = Task("binary", ("neg", "pos"))
+
+
+def fitted(toy: Path, folder: Path, config: TrainConfig) -> Fitted:
+    folder.mkdir(exist_ok=True)
+    store = TileStore(BagFolder(toy, cache_bytes=0), memory_bytes=1 << 30)
+    names = store.bags.slide_ids
+    targets = torch.tensor([float(name[1:]) % 2 for name in names])
+    torch.manual_seed(0)
+    inner = make_aggregator("gated_abmil", DIM, 1, hidden=8, dropout=config.dropout)
+    model = Standardized(inner, *store.moments(names[:16]))
+    sides = [LabelledSlides(store, names[part], targets[part]) for part in (slice(16), slice(16, None))]
+    return fit(folder, model, SlideLabel(TASK), *sides, config)
+
+
+def test_a_step_in_pieces_is_the_step(toy, tmp_path, monkeypatch):
+    config = TrainConfig(epochs=3, dropout=0.0, clip_norm=0.1)
+    whole = fitted(toy, tmp_path / "whole", config)
+    for limit in (1, 90):
+        monkeypatch.setattr("wsimil.training.loop.piece_tiles", lambda device, limit=limit: limit)
+        cut = fitted(toy, tmp_path / f"cut{limit}", config)
+        for row, other in zip(whole.history, cut.history, strict=True):
+            assert row == pytest.approx(other, rel=1e-5)
+        for name, value in whole.best_state.items():
+            if name == "inner.attend.score.bias":
+                continue  # cancels in the softmax: its gradient is rounding, which Adam makes steps of
+            torch.testing.assert_close(cut.best_state[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_clipping_shortens_steps(toy, tmp_path):
+    free, held = (fitted(toy, tmp_path / str(clip), TrainConfig(epochs=2, dropout=0.0, clip_norm=clip)) for clip in (0.0, 1e-9))
+    moved = [one.history[-1]["val_loss"] for one in (free, held)]
+    assert moved[0] != moved[1]
+
+
+def test_bf16_learns_the_same_within_its_digits(toy, tmp_path):
+    configs = [TrainConfig(epochs=4, dropout=0.0, precision=precision) for precision in ("fp32", "bf16")]
+    fine, coarse = (fitted(toy, tmp_path / config.precision, config) for config in configs)
+    assert fine.history != coarse.history
+    assert [row["val_loss"] for row in coarse.history] == pytest.approx([row["val_loss"] for row in fine.history], abs=0.02)
+    assert all(value.dtype == torch.float32 for value in coarse.best_state.values())
+
+
+def test_emulated_bf16_is_not_chosen(monkeypatch):
+    for instructions, chosen in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda instructions=instructions: instructions, raising=False)
+        assert resolve_precision("auto", "cpu") == chosen
+    assert resolve_precision("bf16", "cpu") == "bf16" and resolve_precision("auto", "mps") == "fp32"
+
+
+# ---------------------------------------------------------------- large bags
+
+
+@pytest.mark.parametrize("aggregator", ["abmil", "gated_abmil"])
+def test_recomputed_pieces_give_the_same_gradients_from_less_memory(aggregator, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    bags = BagBatch(torch.randn(4000, DIM, generator=generator), torch.tensor([0, 1500, 4000]))
+
+    def run() -> tuple[list[torch.Tensor], int]:
+        torch.manual_seed(0)
+        model = make_aggregator(aggregator, DIM, 1, hidden=32)
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(bags).logits.sum()
+        loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None], sum(kept.values())
+
+    plain, much = run()
+    monkeypatch.setattr(packed, "_RECOMPUTED_FROM", 2000)
+    again, little = run()
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # dropout too: its coins are tossed alike
+    assert little < much / 3
+
+
+# ---------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
+def test_byte_dropout_keeps_the_mean_and_drops_its_share(p):
+    torch.manual_seed(0)
+    values = torch.ones(1000, 333, requires_grad=True)
+    dropped = ByteDropout(p).train()(values)
+    assert float((dropped == 0).float().mean()) == pytest.approx(p, abs=0.004)
+    assert float(dropped.detach().mean()) == pytest.approx(1, abs=0.01)
+    dropped.sum().backward()
+    assert values.grad is not None and torch.equal(values.grad, dropped.detach())  # the same tiles on the way back
+    columns = (dropped == 0).float()
+    assert float(columns.mean(0).std()) < 0.03 and float(columns.mean(1).std()) < 0.05  # no row or column is favoured
+    assert torch.equal(ByteDropout(p).eval()(values), values)
+
+
+def test_quick_dropout_leaves_weights_and_their_names(toy):
+    model = make_aggregator("gated_abmil", DIM, 1, dropout=0.25)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    quicken_dropout(model)
+    assert {name: value.tolist() for name, value in model.state_dict().items()} == {
+        name: value.tolist() for name, value in before.items()
+    }
+    kinds = [type(module) for module in model.modules()]
+    assert ByteDropout in kinds and nn.Dropout not in [type(module) for module in model.modules() if getattr(module, "p", 0)]
+
+
+# ---------------------------------------------------------------- options and objectives
+
+
+def test_an_aggregators_own_options_reach_it_and_come_back(toy, tmp_path):
+    config = TrainConfig(epochs=1, hidden=8, fold="0", aggregator="gated_abmil", aggregator_options=("attention=5", "gated=false"))
+    (run,) = train(toy, toy / "labels.csv", tmp_path, settings=Settings(split=SplitConfig(folds=2), train=config))
+    assert read_json(run / "model.json")["aggregator_options"] == {"attention": 5, "gated": False}
+    attend = load_model(run).model.inner.attend  # type: ignore[union-attr]
+    assert attend.feature.weight.shape == (5, 8) and attend.gate is None
+
+
+def test_options_are_read_from_flags_and_yaml_alike(tmp_path):
+    (tmp_path / "config.yaml").write_text("train: {aggregator_options: {attention: 5, gated: false}, stack: on}")
+    from_file = read_settings(["train"], tmp_path / "config.yaml").train
+    typed = read_settings(["train"], overrides={"--aggregator-options": ["attention=5", "gated=False"], "stack": "on"}).train
+    assert from_file.options_of("aggregator_options") == typed.options_of("aggregator_options") == {"attention": 5, "gated": False}
+    assert from_file.stack == typed.stack == "on"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("attention",), "name=value"), (("hidden=3",), "--hidden 3"), (("atention=3",), "atention")],
+)
+def test_wrong_options_are_named(toy, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        config = TrainConfig(epochs=1, fold="0", aggregator_options=options)
+        train(toy, toy / "labels.csv", tmp_path, settings=Settings(split=SplitConfig(folds=2), train=config))
+
+
+def test_an_aggregator_meets_the_objective_of_its_paper():
+    labels = ["neg", "pos"] * 4
+    clam = build_objective(TrainConfig(aggregator="clam_sb", objective_options=("k=3",)), TASK, labels)
+    assert isinstance(clam, ClamInstances) and clam.k == 3
+    plain = TrainConfig(aggregator="clam_sb", objective="slide_label")
+    assert isinstance(build_objective(plain, TASK, labels), SlideLabel)
+    assert isinstance(build_objective(TrainConfig(aggregator="clam_sb"), Task("regression"), ["1", "2"]), SlideLabel)
+    with pytest.raises(ConfigError, match="clam_instances"):
+        build_objective(TrainConfig(objective="clam_instance"), TASK, labels)
+
+
+def test_balanced_sampling_takes_the_place_of_weights(toy, tmp_path):
+    settings = Settings(split=SplitConfig(folds=2), train=TrainConfig(epochs=1, hidden=8, fold="0", sampling="balanced"))
+    (run,) = train(toy, toy / "labels.csv", tmp_path, settings=settings)
+    assert load_model(run).content["config"]["sampling"] == "balanced"
+    order = build_objective(TrainConfig(sampling="balanced"), TASK, ["neg"] * 9 + ["pos"]).sampler(0)
+    assert sorted(np.array(list(order or ())) == 9) == [False] * 5 + [True] * 5
+
+
+# ---------------------------------------------------------------- nothing from the test slides
+
+
+def test_no_argument_leads_from_test_slides_to_the_loop():
+    assert [*inspect.signature(fit).parameters] == ["run", "model", "objective", "train", "val", "config", "device"]
+
+
+@pytest.mark.parametrize("stack", ["off", "on"])
+def test_features_of_test_slides_do_not_matter(tmp_path, stack):
+    """Other features in every test slide of fold 0 leave its weights, epoch and threshold as they were."""
+    write_cohort(tmp_path)
+    config = TrainConfig(epochs=3, hidden=8, fold="0", seeds=2, stack=stack)
+    settings = Settings(split=SplitConfig(folds=3), train=config)
+    honest = train(tmp_path, tmp_path / "labels.csv", tmp_path / "honest", settings=settings)
+    splits = np.loadtxt(tmp_path / "honest" / "splits.csv", dtype=str, delimiter=",", skiprows=1)
+    tested = splits[(splits[:, 0] == "0") & (splits[:, -1] == "test")][:, 1]
+    assert len(tested) == 8
+    for name in tested:
+        path = tmp_path / "features_toy" / f"{name}.h5"
+        bag = read_bag(path)
+        parts = {"features": -bag.features[::-1], "coords": bag.coords_level0_px, "valid": bag.valid}
+        write_hdf5(path, {key: Dataset(value) for key, value in parts.items()}, read_attributes(path))
+    changed = train(
+        tmp_path, tmp_path / "labels.csv", tmp_path / "changed", splits=tmp_path / "honest" / "splits.csv", settings=settings
+    )
+    for one, other in zip(honest, changed, strict=True):
+        assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+        assert read_json(one / "model.json")["threshold"] == read_json(other / "model.json")["threshold"]
+
+
+def test_one_slide_under_two_names_is_refused_on_two_sides(tmp_path):
+    write_cohort(tmp_path)
+    folder = tmp_path / "features_toy"
+    attributes = read_attributes(folder / "s04.h5") | {"slide_id": "s04-again"}
+    bag = read_bag(folder / "s04.h5")
+    parts = {"features": bag.features, "coords": bag.coords_level0_px, "valid": bag.valid}
+    write_hdf5(folder / "s04-again.h5", {key: Dataset(value) for key, value in parts.items()}, attributes)
+    labels = tmp_path / "labels.csv"
+    text = labels.read_text() + "s04-again,neg\n"
+    labels.write_text(text)
+    settings = Settings(split=SplitConfig(folds=3), train=TrainConfig(epochs=1, hidden=8))
+    with pytest.raises(SplitsError, match=r"s04 and s04-again have the same features|s04-again and s04 have the same features"):
+        train(tmp_path, labels, tmp_path / "run", settings=settings)
+    assert not (tmp_path / "run").exists()
+    # of one patient they are always on one side
+    rows = [line.split(",") for line in text.splitlines()[1:]]
+    labels.write_text("slide,patient,label\n" + "\n".join(f"{slide},{slide[:3]},{label}" for slide, label in rows))
+    assert len(train(tmp_path, labels, tmp_path / "run", settings=settings)) == 3
+    shutil.rmtree(tmp_path / "run")

@@ -1,0 +1,76 @@
+"""Objectives that wrap another, in the loop itself: what is kept is theirs to say, and a kill changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from toy_bags import DIM
+
+from wsimil.aggregators import Standardized, make_aggregator
+from wsimil.bags.dataset import BagFolder
+from wsimil.batch import Objective
+from wsimil.config import TrainConfig
+from wsimil.objectives import AttentionEntropy, AveragedWeights, SlideLabel
+from wsimil.task import Task
+from wsimil.training.goals import build_objective
+from wsimil.training.items import LabelledSlides, TileStore
+from wsimil.training.loop import Fitted, Loop, fit
+
+TASK = Task("binary", ("neg", "pos"))
+
+
+def fitted(toy: Path, folder: Path, objective: Objective, epochs: int = 4) -> tuple[Fitted, nn.Module]:
+    folder.mkdir(exist_ok=True)
+    store = TileStore(BagFolder(toy, cache_bytes=0), memory_bytes=1 << 30)
+    names = store.bags.slide_ids
+    targets = torch.tensor([float(name[1:]) % 2 for name in names])
+    torch.manual_seed(0)
+    model = Standardized(make_aggregator("gated_abmil", DIM, 1, hidden=8, dropout=0.25), *store.moments(names[:16]))
+    sides = [LabelledSlides(store, names[part], targets[part]) for part in (slice(16), slice(16, None))]
+    return fit(folder, model, objective, *sides, TrainConfig(epochs=epochs, patience=epochs)), model
+
+
+def wrapped() -> Objective:
+    return AttentionEntropy(AveragedWeights(SlideLabel(TASK)))
+
+
+def test_the_weights_that_are_kept_are_the_average(toy, tmp_path, monkeypatch):
+    plain, _ = fitted(toy, tmp_path / "plain", SlideLabel(TASK), epochs=1)
+    objective = AveragedWeights(SlideLabel(TASK))
+    averaged, model = fitted(toy, tmp_path / "averaged", objective, epochs=1)
+    assert averaged.history[0]["train_loss"] == pytest.approx(plain.history[0]["train_loss"])  # the same steps
+    assert averaged.history[0]["val_loss"] != plain.history[0]["val_loss"]
+    kept = objective.kept_model(model).state_dict()
+    assert kept.keys() == averaged.best_state.keys() == plain.best_state.keys()
+    for name, values in averaged.best_state.items():
+        assert torch.equal(values, kept[name].cpu())
+    assert not torch.equal(averaged.best_state["inner.classify.weight"], plain.best_state["inner.classify.weight"])
+
+
+def test_a_killed_run_goes_on_to_the_same_average(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("wsimil.training.loop._LastCheckpoint.on_train_epoch_end", save_now)
+    whole, _ = fitted(toy, tmp_path / "whole", wrapped())
+
+    def stop(self: Loop) -> None:
+        if self.current_epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patch.setattr(Loop, "on_train_epoch_start", stop)
+        fitted(toy, tmp_path / "cut", wrapped())
+    resumed, _ = fitted(toy, tmp_path / "cut", wrapped())
+    assert resumed.history == whole.history
+    for name, values in whole.best_state.items():
+        assert torch.equal(resumed.best_state[name], values)
+
+
+def save_now(self, trainer, pl_module) -> None:
+    trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("attention_entropy", AttentionEntropy), ("averaged_weights", AveragedWeights)])
+def test_they_are_asked_for_by_name(name, kind):
+    assert isinstance(build_objective(TrainConfig(objective=name), TASK, ["neg", "pos"]), kind)

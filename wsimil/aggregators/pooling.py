@@ -1,0 +1,256 @@
+"""Pooling without attention: mean, max, mean of the top k, log-mean-exp, noisy-or.
+
+- Embedding level: the tiles' embeddings are pooled feature by feature, then classified. Instance level: every tile is scored, the
+  scores are pooled output by output, and `tile_logits` holds them. With a linear classifier the mean is the same at both.
+- Mammadov et al. 2025 (arXiv 2505.01109): with good features instance pooling keeps up with much larger models.
+- Mean, max and top-k select tiles, and what they select adds up: contributions are exact. Log-mean-exp and noisy-or are no sums:
+  their contributions are leave-one-out, in closed form; the only tile of a bag is owed all of the logits.
+- Noisy-or takes a bag for positive if any tile is: 1 - p = Π_i (1 - p_i). Scores start at -7, p_i = .0009: with p_i = ½ a bag
+  of thousands would begin at certainty, where nothing is learned. Its logits grow with the size of the bag: that is the rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsimil.aggregators.packed import segment_argmax, segment_max, segment_mean, segment_sum
+from wsimil.batch import Aggregator, BagBatch, BagOutput
+from wsimil.errors import ConfigError
+
+__all__ = ["EmbeddingPool", "InstancePool"]
+
+
+class Mean:
+    """Every tile alike."""
+
+    def __call__(self, values: Tensor, bags: BagBatch) -> Tensor:
+        return segment_mean(values, bags)
+
+    def weights(self, values: Tensor, bags: BagBatch) -> Tensor:
+        return torch.ones_like(values) / bags.sizes[bags.bag_index].unsqueeze(1)
+
+
+class Max:
+    """The largest; of equals the first is credited."""
+
+    def __call__(self, values: Tensor, bags: BagBatch) -> Tensor:
+        return segment_max(values, bags)
+
+    def weights(self, values: Tensor, bags: BagBatch) -> Tensor:
+        return torch.zeros_like(values).scatter(0, segment_argmax(values, bags), 1.0)
+
+
+class TopK:
+    """Mean of the k largest; k below 1 is a share of the bag, rounded up."""
+
+    def __init__(self, k: float) -> None:
+        if k <= 0:
+            raise ConfigError(f"k is {k}; expected a number of tiles, or a share of the bag between 0 and 1")
+        self.k = k
+
+    def _per_bag(self, values: Tensor, bags: BagBatch) -> list[tuple[Tensor, Tensor]]:
+        """Of each bag: the k largest of every column (k, K), and their rows in the bag."""
+        parts = _wide(values).split(bags.sizes.tolist())
+        counts = [math.ceil(self.k * len(part)) if self.k < 1 else min(int(self.k), len(part)) for part in parts]
+        return [part.topk(count, dim=0) for part, count in zip(parts, counts, strict=True)]
+
+    def __call__(self, values: Tensor, bags: BagBatch) -> Tensor:
+        return torch.stack([largest.mean(0) for largest, _ in self._per_bag(values, bags)])
+
+    def weights(self, values: Tensor, bags: BagBatch) -> Tensor:
+        weights = torch.zeros_like(values)
+        for start, (_, rows) in zip(bags.offsets.tolist(), self._per_bag(values, bags), strict=False):
+            weights.scatter_(0, rows + start, 1 / len(rows))
+        return weights
+
+
+class LogMeanExp:
+    """(1/r) log mean exp(r v): the mean for small r, the maximum for large r (Ramon and De Raedt 2000)."""
+
+    def __init__(self, sharpness: float) -> None:
+        if sharpness <= 0:
+            raise ConfigError(f"sharpness is {sharpness}; expected a positive number")
+        self.sharpness = sharpness
+
+    def __call__(self, values: Tensor, bags: BagBatch) -> Tensor:
+        total = _log_sum_exp(self.sharpness * _wide(values), bags)
+        return (total - bags.sizes.to(total.dtype).log().unsqueeze(1)) / self.sharpness
+
+    def without_each(self, values: Tensor, bags: BagBatch) -> Tensor:
+        total = _log_sum_exp_without_each(self.sharpness * _wide(values), bags)
+        others = (bags.sizes - 1).clamp_min(1)[bags.bag_index].unsqueeze(1)
+        return (total - others.to(total.dtype).log()) / self.sharpness
+
+
+class NoisyOr:
+    """Logit of 1 - Π_i (1 - σ(v_i)), from log Σ_i softplus(v_i): no product, no probability that rounds to 0 or 1."""
+
+    def __call__(self, values: Tensor, bags: BagBatch) -> Tensor:
+        return _log_expm1_exp(_log_sum_exp(_log_softplus(_wide(values)), bags))
+
+    def without_each(self, values: Tensor, bags: BagBatch) -> Tensor:
+        return _log_expm1_exp(_log_sum_exp_without_each(_log_softplus(_wide(values)), bags))
+
+
+Selects = Mean | Max | TopK
+"""pool = Σ_i weights_i v_i, with `weights` (ΣN, K)."""
+
+Blends = LogMeanExp | NoisyOr
+"""No sums: `without_each` (ΣN, K) is the pool of the bag without that tile, and of no meaning for the only tile of a bag."""
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _log_sum_exp(values: Tensor, bags: BagBatch) -> Tensor:
+    """(ΣN, K) → (B, K)."""
+    peak = segment_max(values.detach(), bags)
+    return segment_sum((values - peak[bags.bag_index]).exp(), bags).log() + peak
+
+
+def _log_sum_exp_without_each(values: Tensor, bags: BagBatch) -> Tensor:
+    """(ΣN, K) → (ΣN, K). Of a bag's largest value the rest is summed by itself: subtracting it would leave rounding alone."""
+    bag = bags.bag_index
+    peak = segment_max(values, bags)
+    parts = (values - peak[bag]).exp()
+    without = (segment_sum(parts, bags)[bag] - parts).clamp_min(1.0).log() + peak[bag]  # the largest alone is exp(0)
+    top = segment_argmax(values, bags)  # (B, K)
+    rest = _log_sum_exp(values.scatter(0, top, torch.finfo(values.dtype).min / 4), bags)
+    return without.scatter(0, top, rest)
+
+
+def _log_softplus(values: Tensor) -> Tensor:
+    """log log(1 + e^v), which is v - e^v / 2 + … far on the left, where log(1 + e^v) rounds away."""
+    left = values.clamp_max(-15)
+    right = F.softplus(values.clamp_min(-15), threshold=40)
+    return torch.where(values < -15, left - left.exp() / 2, right.log())
+
+
+def _log_expm1_exp(values: Tensor) -> Tensor:
+    """log(e^s - 1) for s = e^v."""
+    small = values.clamp_max(-7).exp()
+    large = values.clamp_min(-7).exp()
+    return torch.where(values < -7, values + small / 2 + small**2 / 24, large + (-torch.expm1(-large)).log())
+
+
+def _pool(name: str, k: float, sharpness: float) -> Selects | Blends:
+    pools: dict[str, Callable[[], Selects | Blends]] = {
+        "mean": Mean,
+        "max": Max,
+        "topk": lambda: TopK(k),
+        "lse": lambda: LogMeanExp(sharpness),
+        "noisy_or": NoisyOr,
+    }
+    if name not in pools:
+        raise ConfigError(f"pool is {name!r}; expected {', '.join(pools)}")
+    return pools[name]()
+
+
+def _lost(logits: Tensor, without: Tensor, bags: BagBatch) -> Tensor:
+    """logits (B, C), those without each tile (ΣN, C) → what is lost without it (ΣN, C)."""
+    bag = bags.bag_index
+    alone = (bags.sizes == 1)[bag].unsqueeze(1)
+    return logits[bag] - torch.where(alone, 0.0, without)
+
+
+class EmbeddingPool(Aggregator):
+    """logits = W pool_i φ(h_i) + b, every feature pooled by itself, φ = Linear, ReLU, Dropout.
+
+    Args:
+        dim: width D of the features.
+        n_outputs: C.
+        hidden: width H of φ.
+        pool: "max", "topk" or "lse".
+        k: of "topk": a number of tiles, or below 1 a share of the bag, rounded up.
+        sharpness: r of "lse".
+        dropout: on φ's output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_outputs: int,
+        *,
+        hidden: int = 256,
+        pool: str = "max",
+        k: float = 0.01,
+        sharpness: float = 5.0,
+        dropout: float = 0.25,
+    ) -> None:
+        super().__init__()
+        if pool not in ("max", "topk", "lse"):
+            raise ConfigError(f"embeddings are pooled by max, topk or lse, not by {pool!r}; see MeanPool and InstancePool")
+        self.dim, self.n_outputs = dim, n_outputs
+        self.pool = _pool(pool, k, sharpness)
+        self.contribution_kind = "exact" if isinstance(self.pool, Selects) else "leave-one-out"
+        self.project = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
+        self.classify = nn.Linear(hidden, n_outputs)
+
+    def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
+        self.check(bags)
+        tiles = self.project(bags.features)  # (ΣN, H)
+        bag = self.pool(tiles, bags)  # (B, H)
+        logits = self.classify(bag)  # (B, C)
+        contributions = self._contributions(tiles, logits, bags) if explain else None
+        return BagOutput(logits, bag_embedding=bag, tile_embedding=tiles, contributions=contributions)
+
+    def _contributions(self, tiles: Tensor, logits: Tensor, bags: BagBatch) -> Tensor:
+        """(ΣN, C)."""
+        if isinstance(self.pool, Blends):
+            return _lost(logits, self.classify(self.pool.without_each(tiles, bags)), bags)
+        selected = F.linear(self.pool.weights(tiles, bags) * tiles, self.classify.weight)  # (ΣN, C)
+        return selected + self.classify.bias / bags.sizes[bags.bag_index].unsqueeze(1)  # the bias is shared by all
+
+
+class InstancePool(Aggregator):
+    """logits = pool_i (W φ(h_i) + b), every output pooled by itself, φ = Linear, ReLU, Dropout.
+
+    Args:
+        dim: width D of the features.
+        n_outputs: C.
+        hidden: width H of φ.
+        pool: "mean", "max", "topk", "lse" or "noisy_or".
+        k: of "topk": a number of tiles, or below 1 a share of the bag, rounded up.
+        sharpness: r of "lse".
+        dropout: on φ's output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_outputs: int,
+        *,
+        hidden: int = 256,
+        pool: str = "mean",
+        k: float = 0.01,
+        sharpness: float = 5.0,
+        dropout: float = 0.25,
+    ) -> None:
+        super().__init__()
+        self.dim, self.n_outputs = dim, n_outputs
+        self.pool = _pool(pool, k, sharpness)
+        self.contribution_kind = "exact" if isinstance(self.pool, Selects) else "leave-one-out"
+        self.project = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
+        self.score = nn.Linear(hidden, n_outputs)
+        if isinstance(self.pool, NoisyOr):
+            nn.init.constant_(self.score.bias, -7.0)
+
+    def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
+        self.check(bags)
+        tiles = self.project(bags.features)  # (ΣN, H)
+        scores = self.score(tiles)  # (ΣN, C)
+        logits = self.pool(scores, bags)  # (B, C)
+        contributions = self._contributions(scores, logits, bags) if explain else None
+        return BagOutput(logits, tile_logits=scores, tile_embedding=tiles, contributions=contributions)
+
+    def _contributions(self, scores: Tensor, logits: Tensor, bags: BagBatch) -> Tensor:
+        """(ΣN, C)."""
+        if isinstance(self.pool, Blends):
+            return _lost(logits, self.pool.without_each(scores, bags), bags)
+        return self.pool.weights(scores, bags) * scores

@@ -1,0 +1,185 @@
+"""Masked hard instances: a teacher hides the tiles it finds easiest, the student learns from what is left.
+
+Tang et al. 2023 (MHIM-MIL, arXiv 2307.15254). The teacher is a moving average of the student and ranks the tiles of each bag by
+its attention; of the highest some are hidden, their share falling to nothing along half a cosine, and of the rest a random part.
+The student learns the labels, and that its embedding of the bag is the teacher's, which sees all tiles.
+
+- Around any other objective, over any model with `attention_logits`; several heads are ranked by the mean of their attention.
+- At least one tile of a bag stays. Nothing is hidden outside of training: validation is the plain loss.
+- What is hidden depends on seed, step and slide alone, not on the other slides of the batch.
+- The authors start from a teacher trained before. Ours starts as the student does, and its momentum rises with the steps
+  up to the given one: else it would stay near its random start for longer than most trainings last.
+- Not here: the recycling of hidden tiles of the later version (MHIM-v2).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wsimil.batch import BagBatch, BagOutput, LabelledBags, Objective
+from wsimil.errors import ConfigError
+
+__all__ = ["MaskedHardInstances", "hide_high", "hide_low"]
+
+
+def hide_high(attention: Tensor, ratio: float, *, among: float = 1.0, generator: torch.Generator) -> Tensor:
+    """Rows of about ratio · N tiles of one bag's attention (N,): of the ⌈ratio / among · N⌉ = k highest, ⌈among · k⌉ at random.
+
+    Where ratio > among, k is N and a part `ratio` of them is taken.
+    """
+    share, part = (ratio / among, among) if ratio <= among else (1.0, ratio)
+    highest = attention.topk(math.ceil(len(attention) * share)).indices
+    if part < 1:
+        order = torch.randperm(len(highest), generator=generator).to(highest.device)
+        highest = highest[order[: math.ceil(len(highest) * part)]]
+    return highest
+
+
+def hide_low(attention: Tensor, n_highest: int, ratio: float, *, generator: torch.Generator) -> Tensor:
+    """⌊ratio N⌋ random rows of one bag's attention (N,), none of them among the `n_highest`; fewer where none are left."""
+    rest = attention.topk(len(attention) - n_highest, largest=False).indices
+    order = torch.randperm(len(rest), generator=generator).to(rest.device)
+    return rest[order[: math.floor(len(attention) * ratio)]]
+
+
+class MaskedHardInstances(Objective):
+    """The losses of `inner` on bags without their easiest tiles, and `consistency`: agreement with a teacher who sees all.
+
+    Args:
+        inner: any objective that calls the model; its output is listened to.
+        high: share of the tiles hidden at the start, from those with the highest attention.
+        among: these are a random part `among` of a correspondingly larger share of highest tiles; 1 takes the very highest.
+        low: share of the tiles hidden at random from the rest.
+        consistency: weight of the agreement with the teacher.
+        temperature: of the teacher's embedding, taken as a distribution over its dimensions; the student's is 1.
+        momentum: of the moving average; in its first steps (1 + step) / (10 + step), where that is less.
+        seed: of what is hidden.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        inner: Objective,
+        *,
+        high: float = 0.03,
+        among: float = 0.5,
+        low: float = 0.0,
+        consistency: float = 0.1,
+        temperature: float = 0.1,
+        momentum: float = 0.9999,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("high", high), ("among", among), ("low", low), ("momentum", momentum)):
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name} = {value}; expected a number between 0 and 1")
+        if not among or temperature <= 0:
+            raise ConfigError(f"among = {among} and temperature = {temperature} must be positive")
+        self.inner, self.per_bag = inner, inner.per_bag
+        self.high, self.among, self.low = high, among, low
+        self.consistency, self.temperature, self.momentum, self.seed = consistency, temperature, momentum, seed
+        self.register_buffer("step", torch.tensor(0))
+        self.teacher: nn.Module = nn.Identity()
+        self.student: tuple[nn.Module, ...] = ()  # a tuple: the model is not the objective's state
+
+    def prepare(self, model: nn.Module) -> None:
+        self.inner.prepare(model)
+        self.teacher = copy.deepcopy(model).requires_grad_(False)
+        self.student = (model,)
+
+    def losses(self, model: nn.Module, batch: LabelledBags, progress: float) -> dict[str, Tensor]:
+        if not model.training:
+            return self.inner.losses(model, batch, progress)
+        taught, heard = self._taught(batch.bags), []
+        seen = replace(batch, bags=_rows(batch.bags, self.kept(taught, batch.bags, progress)))
+        listening = model.register_forward_hook(lambda module, arguments, output: heard.append(output))
+        try:
+            losses = self.inner.losses(model, seen, progress)
+        finally:
+            listening.remove()
+        if not self.consistency:
+            return losses
+        return losses | {"consistency": self.consistency * self._disagreement(heard[0], taught, batch.weights)}
+
+    @torch.no_grad()
+    def _taught(self, bags: BagBatch) -> BagOutput:
+        taught = self.teacher.eval()(bags)
+        if taught.attention_logits is None or (self.consistency and taught.bag_embedding is None):
+            raise ConfigError(
+                "mhim hides tiles by attention and compares bag embeddings; the aggregator gives none, gated_abmil does"
+            )
+        return taught
+
+    def kept(self, taught: BagOutput, bags: BagBatch, progress: float) -> Tensor:
+        """(ΣN,) bool of the tiles that the student sees."""
+        assert taught.attention_logits is not None
+        kept = torch.ones(len(bags.features), dtype=torch.bool, device=bags.features.device)
+        ratio = self.high * (1 + math.cos(math.pi * progress)) / 2
+        for index, (start, end) in enumerate(pairwise(bags.offsets.tolist())):
+            name = bags.slide_ids[index] if bags.slide_ids else str(index)
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {int(self.step)} {name}".encode()))
+            attention = taught.attention_logits[start:end].float().softmax(0).mean(1)  # (N,)
+            high = hide_high(attention, ratio, among=self.among, generator=generator)
+            n_highest = math.ceil(len(attention) * min(1.0, ratio / self.among))
+            hidden = torch.cat([high, hide_low(attention, n_highest, self.low, generator=generator)])
+            kept[start + hidden[: end - start - 1]] = False  # one stays
+        return kept
+
+    def _disagreement(self, output: BagOutput, taught: BagOutput, weights: Tensor | None) -> Tensor:
+        """Cross-entropy of the student's bag embedding to the teacher's, both as distributions over their dimensions."""
+        assert output.bag_embedding is not None and taught.bag_embedding is not None
+        # at least float32: the softmax of a sharpened embedding is not for half precision
+        mine, its = (
+            part.to(torch.promote_types(part.dtype, torch.float32)) for part in (output.bag_embedding, taught.bag_embedding)
+        )
+        agreement = ((its / self.temperature).softmax(-1) * mine.log_softmax(-1)).sum(-1)  # (B,) or (B, C)
+        per_bag = -agreement.reshape(len(agreement), -1).mean(1)
+        return (per_bag if weights is None else per_bag * weights).mean()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.inner.after_step()
+        step = int(self.step)
+        momentum = min(self.momentum, (1 + step) / (10 + step))
+        (student,) = self.student
+        for mean, value in zip(self.teacher.parameters(), student.parameters(), strict=True):
+            mean.lerp_(value, 1 - momentum)
+        for copied, value in zip(self.teacher.buffers(), student.buffers(), strict=True):
+            copied.copy_(value)
+        self.step += 1
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return self.inner.param_groups(model)
+
+    def sampler(self, epoch: int) -> Iterable[int] | None:
+        return self.inner.sampler(epoch)
+
+    def on_epoch_start(self, epoch: int, infer: Callable[[], Iterable[tuple[Any, Any]]]) -> None:
+        self.inner.on_epoch_start(epoch, infer)
+
+    def after_backward(self) -> None:
+        self.inner.after_backward()
+
+    def kept_model(self, model: nn.Module) -> nn.Module:
+        return self.inner.kept_model(model)
+
+
+def _rows(bags: BagBatch, kept: Tensor) -> BagBatch:
+    """The bags with some of their tiles (ΣN,) bool, in order."""
+    sizes = torch.zeros_like(bags.sizes).index_add(0, bags.bag_index, kept.to(bags.offsets.dtype))
+    return replace(
+        bags,
+        features=bags.features[kept],
+        offsets=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
+        coords_um=None if bags.coords_um is None else bags.coords_um[kept],
+    )

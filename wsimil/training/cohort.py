@@ -1,0 +1,107 @@
+"""Who is in the study: labels matched to slides, the task they make, and the folds.
+
+- Two slides with the same features are one slide under two names. On two sides of a fold they are a leak that no table of patients
+  shows, and an error.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from wsimil.bags.bag import BagHeader
+from wsimil.bags.dataset import BagFolder
+from wsimil.bags.labels import infer_task, match_labels, match_slides, read_labels
+from wsimil.bags.splits import check_splits, make_splits, read_splits
+from wsimil.config import LabelsConfig, SplitConfig
+from wsimil.errors import SplitsError
+from wsimil.extraction.job import slides_of_job
+from wsimil.task import Task
+
+_FEW_ROWS = 4
+
+__all__ = ["Cohort", "prepare_cohort"]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Labelled slides with their folds."""
+
+    labels: pd.DataFrame  # slide, slide_id, patient, site, label
+    splits: pd.DataFrame
+    task: Task
+
+
+def prepare_cohort(
+    bags: BagFolder,
+    labels: str | Path,
+    *,
+    splits: str | Path | None = None,
+    labels_config: LabelsConfig | None = None,
+    split_config: SplitConfig | None = None,
+) -> Cohort:
+    """Match labels to slides, infer the task, read or make the folds.
+
+    A label of a slide that the job knows and that has no bag (it failed) is no error; such a slide is in no fold.
+
+    Raises:
+        LabelsError, SplitsError: what does not fit, by name.
+    """
+    labels_config, split_config = labels_config or LabelsConfig(), split_config or SplitConfig()
+    table = read_labels(labels, labels_config, group=split_config.group, site=split_config.site)
+    known = {*bags.slide_ids, *slides_of_job(bags)}
+    table = match_labels(table, known)
+    task = infer_task(table["label"], labels_config)
+    usable = table[table["slide_id"].isin(bags.filled) & (table["label"] != "")]
+    if splits is None:
+        made = make_splits(usable, task, split_config)
+        _check_no_twins(bags, made)
+        return Cohort(table, made, task)
+    given = read_splits(splits)
+    given["slide_id"] = match_slides(given["slide_id"], known)
+    # whose a slide is, the label table says; two names may turn out to be one slide: so the check comes after
+    patients = dict(zip(table["slide_id"].tolist(), table["patient"].tolist(), strict=True))
+    given["patient"] = [patients.get(name, patient) for name, patient in zip(given["slide_id"], given["patient"], strict=True)]
+    check_splits(given)
+    unknown = sorted(set(given["slide_id"]) - set(table["slide_id"]))
+    if unknown:
+        raise SplitsError(f"{splits}: {unknown[0]} is not a labelled slide ({len(unknown)} such rows)")
+    _check_no_twins(bags, given)
+    return Cohort(table, given, task)
+
+
+def _check_no_twins(bags: BagFolder, splits: pd.DataFrame) -> None:
+    """Raises SplitsError if two slides on different sides of a fold have the same features, tile for tile."""
+    for one, other in _twins(bags, sorted(set(splits["slide_id"]) & set(bags.headers))):
+        sides = splits[splits["slide_id"].isin([one, other])].groupby("fold")["split"].nunique()
+        if sides.max() > 1:
+            raise SplitsError(
+                f"{one} and {other} have the same features, tile for tile, and are on two sides of fold {sides.idxmax()}: "
+                "they are one slide under two names; take one out of the labels, or give both the same patient"
+            )
+
+
+def _twins(bags: BagFolder, slide_ids: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of bags of the same values. Only bags of equal length are opened, and read whole only if their first rows agree."""
+    alike: dict[tuple, list[str]] = defaultdict(list)
+    for slide_id in slide_ids:
+        if bags.headers[slide_id].n_tiles:
+            alike[(bags.headers[slide_id].n_tiles,)].append(slide_id)
+    groups = [group for group in alike.values() if len(group) > 1]
+    alike.clear()
+    for slide_id in (slide_id for group in groups for slide_id in group):
+        header = bags.headers[slide_id]
+        start = header.features.read(np.arange(min(_FEW_ROWS, header.n_tiles)))
+        alike[header.n_tiles, start.astype(np.float32).tobytes()].append(slide_id)
+    pairs = [pair for group in alike.values() for pair in combinations(group, 2)]
+    return [(one, other) for one, other in pairs if _same(bags.headers[one], bags.headers[other])]
+
+
+def _same(one: BagHeader, other: BagHeader) -> bool:
+    return np.array_equal(one.features.read(), other.features.read())

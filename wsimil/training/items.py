@@ -1,0 +1,248 @@
+"""Slides as training items: where their features wait, which tiles of them are seen, in which steps they come.
+
+- Features stay in memory as they are stored, whole cohort if it fits: after the first epoch no file is touched.
+- Which slides a step holds, and which of their tiles, is a function of (seed, epoch, slide) alone: not of memory or threads.
+- A step is cut into pieces of whole bags, whose losses add up to the step's: on a CPU a piece stays near the cache, and memory
+  is that of a piece. An objective that compares bags gets the step in one piece.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wsimil.bags.dataset import BagFolder
+from wsimil.batch import BagBatch, LabelledBags, pack
+
+__all__ = ["LabelledSlides", "Steps", "TileStore", "free_bytes", "piece_tiles"]
+
+_BLOCK = 4096
+
+
+def free_bytes(device: str = "cpu") -> int:
+    """Memory that features may take: half of what is free, so that work and other programs keep the rest."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0] // 2
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        free = 8 << 30
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:  # a container may have less than the machine
+            free = min(free, int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(0, free) // 2
+
+
+def piece_tiles(device: str) -> int:
+    """Tiles after which a piece is full: what a CPU's cache likes, or what a GPU's memory surely holds."""
+    return 8192 if device == "cpu" else 262_144
+
+
+class TileStore:
+    """Bags by slide, features as stored: from memory as far as `memory_bytes` go, from the files beyond. One thread at a time.
+
+    Args:
+        bags: where they come from; its own cache is not needed.
+        memory_bytes: features kept, at most.
+        device: where they are kept.
+    """
+
+    def __init__(self, bags: BagFolder, *, memory_bytes: int, device: str = "cpu") -> None:
+        self.bags, self.device, self._left = bags, device, memory_bytes
+        self._held: dict[str, BagBatch] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def n_tiles(self, slide_id: str) -> int:
+        return self.bags.n_valid(slide_id)
+
+    def n_bytes(self, slide_id: str) -> int:
+        header = self.bags.headers[slide_id]
+        return self.n_tiles(slide_id) * (header.dim * header.features.dtype.itemsize + 8)
+
+    def keeps(self, slide_ids: Iterable[str]) -> bool:
+        """Whether all of these are, or will be, served from memory."""
+        return sum(self.n_bytes(slide_id) for slide_id in slide_ids if slide_id not in self._held) <= self._left
+
+    def bag(self, slide_id: str, rows: np.ndarray | None = None) -> BagBatch:
+        """The usable tiles of a slide, or those in `rows`; features in half precision where the file has it."""
+        held = self._held.get(slide_id)
+        if held is None and (size := self.n_bytes(slide_id)) <= self._left:
+            held = self._held[slide_id] = self._narrow(self.bags.load(slide_id)).to(self.device)
+            self._left -= size
+        if held is None:
+            return self._narrow(self.bags.load(slide_id, rows=rows)).to(self.device)
+        if rows is None:
+            return held
+        index = torch.from_numpy(rows).to(held.features.device)
+        coords_um = None if held.coords_um is None else held.coords_um[index]
+        offsets = torch.tensor([0, len(rows)], device=index.device)
+        return BagBatch(held.features[index], offsets, coords_um, held.tile_um, held.slide_ids)
+
+    def _narrow(self, bag: BagBatch) -> BagBatch:
+        stored = self.bags.headers[bag.slide_ids[0]].features.dtype
+        # exact: the values came from half precision
+        return bag.to("cpu", torch.float16) if stored == np.float16 else bag
+
+    def moments(self, slide_ids: Iterable[str]) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (D,) of the features over all tiles of these slides, each slide weighing the same."""
+        sums = [self._sums.setdefault(slide_id, self._mean_and_square(slide_id)) for slide_id in slide_ids]
+        mean = torch.stack([mean for mean, _ in sums]).mean(0)
+        square = torch.stack([square for _, square in sums]).mean(0)
+        deviation = (square - mean.square()).clamp(min=0).sqrt()
+        # a feature that never varies carries nothing: leave it at zero instead of blowing up its noise
+        deviation[deviation < 1e-6 * (1 + mean.abs())] = torch.inf
+        return mean.float(), deviation.float()
+
+    def _mean_and_square(self, slide_id: str) -> tuple[Tensor, Tensor]:
+        if slide_id in self._sums:
+            return self._sums[slide_id]
+        features = self.bag(slide_id).features
+        total = torch.zeros(2, features.shape[1], dtype=torch.float64)
+        for block in features.split(_BLOCK):  # a slide in float64 would be four times its file
+            wide = block.to("cpu", torch.float64)
+            total += torch.stack([wide.sum(0), wide.square_().sum(0)])
+        mean, square = total / len(features)
+        return mean, square
+
+
+class LabelledSlides:
+    """Slides of one side of a fold, with what is known of them.
+
+    Args:
+        store: their features.
+        slide_ids: which.
+        targets, weights: (n, …) and (n,), of the slides in this order.
+        tiles_per_bag: tiles drawn from each slide, others in every epoch; 0: all.
+        instance_dropout: chance of a tile to be left out of an epoch.
+        seed: of that choice.
+    """
+
+    def __init__(
+        self,
+        store: TileStore,
+        slide_ids: Sequence[str],
+        targets: Tensor,
+        weights: Tensor | None = None,
+        *,
+        tiles_per_bag: int = 0,
+        instance_dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.store, self.slide_ids, self.targets, self.weights = store, list(slide_ids), targets, weights
+        self.tiles_per_bag, self.instance_dropout, self.seed = tiles_per_bag, instance_dropout, seed
+
+    def __len__(self) -> int:
+        return len(self.slide_ids)
+
+    def n_tiles(self, index: int) -> int:
+        """Tiles that a slide gives to a step, about: without instance dropout."""
+        return min(self.tiles_per_bag or 1 << 62, self.store.n_tiles(self.slide_ids[index]))
+
+    def rows(self, index: int, epoch: int) -> np.ndarray | None:
+        """Tiles of a slide that this epoch sees, in the order of the file; None: all. At least one."""
+        name = self.slide_ids[index]
+        total = self.store.n_tiles(name)
+        wanted = self.n_tiles(index)
+        if wanted == total and not self.instance_dropout:
+            return None
+        rng = np.random.default_rng((self.seed, epoch, zlib.crc32(name.encode())))
+        rows = np.sort(rng.choice(total, wanted, replace=False, shuffle=False)) if wanted < total else np.arange(total)
+        kept = rows[rng.random(len(rows)) >= self.instance_dropout]
+        return kept if len(kept) else rows[:1]
+
+    def pieces(self, indices: Sequence[int], epoch: int, *, limit: int | None) -> tuple[LabelledBags, ...]:
+        """These slides as batches of whole bags, each of at most `limit` tiles or one bag; None: all in one."""
+        groups: list[list[int]] = []
+        room = 0
+        bags = [self.store.bag(self.slide_ids[index], self.rows(index, epoch)) for index in indices]
+        for place, bag in enumerate(bags):
+            if not groups or (limit is not None and len(bag.features) > room):
+                groups.append([])
+                room = limit or 0
+            groups[-1].append(place)
+            room -= len(bag.features)
+        chosen = [[indices[place] for place in group] for group in groups]
+        packed = [bags[group[0]] if len(group) == 1 else pack([bags[place] for place in group]) for group in groups]
+        return tuple(
+            LabelledBags(bag, self.targets[rows], None if self.weights is None else self.weights[rows])
+            for bag, rows in zip(packed, chosen, strict=True)
+        )
+
+
+class Steps:
+    """The steps of an epoch, each a tuple of pieces; where files must be read, a thread prepares the next step meanwhile.
+
+    It has no length: with `tiles_per_step` epochs differ in the number of steps.
+
+    Args:
+        slides: what is stepped through.
+        bags_per_step: slides in a step, when `tiles_per_step` is 0.
+        tiles_per_step: a step takes slides until the next would exceed so many tiles.
+        limit: of the pieces.
+        shuffle_seed: another order every epoch, from this seed; None: always the order given.
+        order: an objective's wish for an epoch's order, if it has one.
+    """
+
+    def __init__(
+        self,
+        slides: LabelledSlides,
+        *,
+        bags_per_step: int,
+        tiles_per_step: int = 0,
+        limit: int | None = None,
+        shuffle_seed: int | None = None,
+        order: Callable[[int], Iterable[int] | None] = lambda epoch: None,
+    ) -> None:
+        self.slides, self.bags_per_step, self.tiles_per_step, self.limit = slides, bags_per_step, tiles_per_step, limit
+        self.shuffle_seed, self.order, self.epoch = shuffle_seed, order, 0
+        self.sampler, self.batch_sampler = self, None  # Lightning tells the epoch to a loader's sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """Which slides each step of an epoch holds."""
+        wished = self.order(epoch)
+        if wished is not None:
+            order = list(wished)
+        elif self.shuffle_seed is None:
+            order = list(range(len(self.slides)))
+        else:
+            order = np.random.default_rng((self.shuffle_seed, epoch)).permutation(len(self.slides)).tolist()
+        if not self.tiles_per_step:
+            return [order[start : start + self.bags_per_step] for start in range(0, len(order), self.bags_per_step)]
+        steps: list[list[int]] = []
+        room = 0
+        for index in order:
+            size = self.slides.n_tiles(index)
+            if not steps or size > room:
+                steps.append([])
+                room = self.tiles_per_step
+            steps[-1].append(index)
+            room -= size
+        return steps
+
+    def __iter__(self) -> Iterator[tuple[LabelledBags, ...]]:
+        plan, epoch = self.plan(self.epoch), self.epoch
+
+        def prepare(step: list[int]) -> tuple[LabelledBags, ...]:
+            return self.slides.pieces(step, epoch, limit=self.limit)
+
+        if self.slides.store.keeps(self.slides.slide_ids):
+            yield from map(prepare, plan)
+            return
+        with ThreadPoolExecutor(1, "wsimil-steps") as thread:
+            waiting = thread.submit(prepare, plan[0])
+            for step in plan[1:]:
+                ready, waiting = waiting.result(), thread.submit(prepare, step)
+                yield ready
+            yield waiting.result()

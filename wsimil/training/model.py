@@ -1,0 +1,93 @@
+"""A finished run as others read it: `model.json` and `model.safetensors`, nothing in them executed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from wsimil.aggregators import Standardized, make_aggregator
+from wsimil.batch import Aggregator
+from wsimil.config import FilterConfig
+from wsimil.errors import ConfigError, UsageError
+from wsimil.files import read_json
+from wsimil.task import Task
+
+__all__ = ["MODEL_FORMAT", "TrainedModel", "build_aggregator", "load_model"]
+
+MODEL_FORMAT = 1
+
+
+def build_aggregator(content: Mapping[str, Any], task: Task) -> Aggregator:
+    """A fresh aggregator as `model.json` describes it: aggregator, dim, hidden, dropout and its own options.
+
+    Raises:
+        ConfigError: no such aggregator, or not its options.
+    """
+    options = content.get("aggregator_options", {})  # models older than options had none
+    sizes = {"hidden": content["hidden"], "dropout": content["dropout"]}
+    try:
+        return make_aggregator(content["aggregator"], content["dim"], task.n_outputs, **sizes, **options)
+    except TypeError as error:
+        if not options:
+            raise
+        raise ConfigError(
+            f"aggregator {content['aggregator']} with {options}: {str(error).partition('() ')[2] or error}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A finished run, ready to predict."""
+
+    model: Aggregator  # in eval mode, on the CPU
+    task: Task
+    fold: int
+    seed: int
+    threshold: float | None
+    temperature: float
+    encoder: tuple[str, str]
+    filter: FilterConfig  # which tiles it learned from, and may see
+    splits_hash: str
+    folder: Path
+    content: dict[str, Any]
+
+
+def load_model(run: str | Path) -> TrainedModel:
+    """Read `model.json` and `model.safetensors`; nothing in them is executed.
+
+    Raises:
+        UsageError: not a finished run, or of a newer format.
+    """
+    run = Path(run)
+    try:
+        content = read_json(run / "model.json")
+        state = load_file(run / "model.safetensors")
+    except Exception as error:  # safetensors raises its own kind on a damaged file
+        raise UsageError(f"{run}: no finished model in it ({error})") from error
+    if content.get("format") != "wsimil-model" or content.get("format_version", 0) > MODEL_FORMAT:
+        raise UsageError(f"{run}: model format {content.get('format_version')} is newer than this wsimil reads; upgrade it")
+    try:
+        limits = FilterConfig(**content.get("filter", {}))  # models older than filters saw every tile
+    except TypeError as error:
+        raise UsageError(f"{run}: its filter {content['filter']} has keys this wsimil does not know; upgrade it") from error
+    task = Task.from_json(content["task"])
+    model = Standardized(build_aggregator(content, task))
+    model.load_state_dict(state)
+    model.eval()
+    return TrainedModel(
+        model=model,
+        task=task,
+        fold=content["fold"],
+        seed=content["seed"],
+        threshold=content["threshold"],
+        temperature=content["temperature"],
+        encoder=(content["encoder"]["name"], content["encoder"]["sha256"]),
+        filter=limits,
+        splits_hash=content["splits_hash"],
+        folder=run,
+        content=content,
+    )

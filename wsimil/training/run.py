@@ -1,0 +1,313 @@
+"""Runs: one model per fold and seed, in a folder of its own; what is finished with the same settings and data is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wsimil.aggregators import Standardized
+from wsimil.bags.dataset import BagFolder
+from wsimil.bags.filter import NO_FILTER
+from wsimil.bags.splits import splits_hash, write_splits
+from wsimil.batch import Aggregator
+from wsimil.config import Settings, TrainConfig, save_settings
+from wsimil.errors import SplitsError, UsageError
+from wsimil.evaluation.calibration import calibrate
+from wsimil.extraction.extract import resolve_device
+from wsimil.files import atomic_path, hash_of, read_json, write_json
+from wsimil.task import Task
+from wsimil.training.cohort import Cohort, prepare_cohort
+from wsimil.training.goals import build_objective
+from wsimil.training.items import LabelledSlides, TileStore, free_bytes
+from wsimil.training.loop import Fitted, fit, resolve_precision
+from wsimil.training.model import MODEL_FORMAT, build_aggregator
+from wsimil.training.stacked import Member, fit_stacked, unstackable
+
+__all__ = ["train"]
+
+_SECTIONS = ["filter", "labels", "split", "train"]
+"""What a run depends on, and keeps in its config.yaml."""
+
+_CHANGES_NOTHING = ("device", "memory_gb")
+"""Settings that weights are no function of."""
+
+
+def train(
+    bags: str | Path,
+    labels: str | Path,
+    out: str | Path,
+    *,
+    splits: str | Path | None = None,
+    settings: Settings | None = None,
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> list[Path]:
+    """Train one model per fold and seed on slide labels; finished ones with the same settings and data are kept.
+
+    Args:
+        bags: job folder or `features_*` folder.
+        labels: table with `slide` and the target column.
+        out: folder of the run: `splits.csv`, `labels.csv` and a `fold<k>-seed<s>` folder each.
+        splits: folds; made (5, by patient) and written to `out` if not given.
+
+    Returns:
+        The run folders.
+    """
+    settings, out = settings or Settings(), Path(out)
+    config = settings.train
+    bag_folder = BagFolder(bags, filter=settings.filter, cache_bytes=0)  # the store below keeps what is kept
+    cohort = prepare_cohort(bag_folder, labels, splits=splits, labels_config=settings.labels, split_config=settings.split)
+    say(cohort.task.describe(cohort.labels["label"].tolist()))
+    if settings.filter != NO_FILTER:
+        say(_describe_filter(bag_folder))
+    folds = sorted(cohort.splits["fold"].unique().tolist())
+    if config.fold != "all":
+        if int(config.fold) not in folds:
+            raise UsageError(f"--fold {config.fold}: the splits have folds {', '.join(map(str, folds))}")
+        folds = [int(config.fold)]
+    out.mkdir(parents=True, exist_ok=True)
+    write_splits(out / "splits.csv", cohort.splits)
+    with atomic_path(out / "labels.csv") as temporary:
+        cohort.labels.to_csv(temporary, index=False)
+    save_settings(out / "config.yaml", settings, _SECTIONS)
+
+    device = resolve_device(config.device)
+    seeds = range(config.seed, config.seed + config.seeds)
+    plans = [
+        _plan(out, bag_folder, cohort, fold, replace(config, seed=seed, seeds=1, fold=str(fold)))
+        for fold in folds
+        for seed in seeds
+    ]
+    store = _store(bag_folder, plans, config, device)
+    if _are_stacked(plans, config, device):
+        lines = _train_stacked(out, plans, store, cohort, settings, device)
+    else:
+        lines = (_train_one(plan, store, cohort, settings, device) for plan in plans)
+    for line in lines:
+        if not quiet:
+            say(line)
+    return [plan.folder for plan in plans]
+
+
+def _describe_filter(bags: BagFolder) -> str:
+    kept, stored = sum(map(bags.n_valid, bags.slide_ids)), sum(header.n_tiles for header in bags.headers.values())
+    bare = [slide_id for slide_id in bags.slide_ids if bags.headers[slide_id].n_tiles and not bags.n_valid(slide_id)]
+    left = f"; none of {', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}" if bare else ""
+    return f"filter: {kept} of {stored} tiles are kept{left}"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A model to be: its training and validation slides, and what they say."""
+
+    folder: Path
+    fold: int
+    config: TrainConfig
+    task: Task
+    ids: dict[str, list[str]]  # by side: train, val
+    labels: dict[str, list[str]]
+    targets: dict[str, Tensor]
+    weights: dict[str, Tensor | None]
+    key: str  # hash of everything the weights are a function of
+
+
+def _plan(out: Path, bags: BagFolder, cohort: Cohort, fold: int, config: TrainConfig) -> _Plan:
+    sides = cohort.splits.query("fold == @fold and split != 'test'")
+    text = dict(zip(cohort.labels["slide_id"].tolist(), cohort.labels["label"].tolist(), strict=True))
+    usable = set(bags.filled)
+    ids = {side: [name for name in sides.loc[sides["split"] == side, "slide_id"] if name in usable] for side in ("train", "val")}
+    for side, members in ids.items():
+        if not members:
+            raise SplitsError(f"fold {fold}: no {side} slide has a bag with tiles")
+    labels = {side: [text[name] for name in members] for side, members in ids.items()}
+    task = cohort.task.fitted(labels["train"], config, validation=labels["val"])
+    targets = {side: task.encode(members) for side, members in labels.items()}
+    balance = config.balance and config.sampling != "balanced"  # both would pay twice
+    weights = {side: task.slide_weights(targets[side], targets["train"]) if balance else None for side in ids}
+    key = hash_of(
+        {
+            "config": {key: value for key, value in asdict(config).items() if key not in _CHANGES_NOTHING},
+            "filter": asdict(bags.filter),
+            "task": cohort.task.to_json(),
+            "encoder": bags.encoder,
+            "data": [[side, name, text[name], bags.fingerprint(name)] for side in ids for name in ids[side]],
+        }
+    )
+    return _Plan(out / f"fold{fold}-seed{config.seed}", fold, config, task, ids, labels, targets, weights, key)
+
+
+def _store(bags: BagFolder, plans: list[_Plan], config: TrainConfig, device: str) -> TileStore:
+    """On the GPU if all slides fit there beside the work, else in memory as far as it goes."""
+    wanted = sorted({name for plan in plans for members in plan.ids.values() for name in members})
+    if device.startswith("cuda"):
+        store = TileStore(bags, memory_bytes=free_bytes(device), device=device)
+        if store.keeps(wanted):
+            return store
+    return TileStore(bags, memory_bytes=int(config.memory_gb * 1e9) or free_bytes())
+
+
+def _are_stacked(plans: list[_Plan], config: TrainConfig, device: str) -> bool:
+    if config.stack == "off" or (config.stack == "auto" and (len(plans) < 2 or not device.startswith("cuda"))):
+        return False
+    reason = unstackable(config, [plan.task for plan in plans])
+    if reason and config.stack == "on":
+        raise UsageError(f"--stack on: {reason}; train one after the other with --stack off")
+    return reason is None
+
+
+def _train_stacked(
+    out: Path, plans: list[_Plan], store: TileStore, cohort: Cohort, settings: Settings, device: str
+) -> Iterator[str]:
+    """Train all as one program, or find all trained; a line about each."""
+    together = hash_of([plan.key for plan in plans])  # the order of slides follows from all of them
+    plans = [replace(plan, key=hash_of([plan.key, together])) for plan in plans]
+    found = [_finished(plan) for plan in plans]
+    if all(found):
+        yield from (_already(plan, done) for plan, done in zip(plans, found, strict=True) if done)
+        return
+    for plan in plans:
+        _begin(plan, settings)
+    with torch.random.fork_rng():
+        models = [_fresh_model(plan, store) for plan in plans]
+        torch.manual_seed(int(together[:8], 16))
+        members = [
+            Member(model, plan.task, plan.ids, plan.targets, plan.weights) for model, plan in zip(models, plans, strict=True)
+        ]
+        last = out / "stack.ckpt"
+        fitted = fit_stacked(members, store, settings.train, device=device, checkpoint=last, key=together)
+    for plan, one in zip(plans, fitted, strict=True):
+        yield _finish(plan, store, cohort, one, device)
+    last.unlink(missing_ok=True)
+
+
+def _already(plan: _Plan, done: dict[str, Any]) -> str:
+    return f"{plan.folder.name}: already trained (epoch {done['best_epoch']}, validation loss {done['val_loss']:.3f})"
+
+
+def _train_one(plan: _Plan, store: TileStore, cohort: Cohort, settings: Settings, device: str) -> str:
+    """Train, or find trained, one model; a line about it."""
+    if (done := _finished(plan)) is not None:
+        return _already(plan, done)
+    _begin(plan, settings)
+    config, slides = plan.config, _slides(plan, store)
+    with torch.random.fork_rng(devices=[]):
+        model = _fresh_model(plan, store)
+        objective = build_objective(config, plan.task, plan.labels["train"])
+        fitted = fit(plan.folder, model, objective, slides["train"], slides["val"], config, device=device)
+    return _finish(plan, store, cohort, fitted, device)
+
+
+def _begin(plan: _Plan, settings: Settings) -> None:
+    key = plan.folder / "key.txt"
+    if key.exists() and key.read_text() != plan.key:
+        (plan.folder / "last.ckpt").unlink(missing_ok=True)  # of other settings or data
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    key.write_text(plan.key)
+    save_settings(plan.folder / "config.yaml", replace(settings, train=plan.config), _SECTIONS)
+
+
+def _slides(plan: _Plan, store: TileStore) -> dict[str, LabelledSlides]:
+    config = plan.config
+    sampled = {"tiles_per_bag": config.tiles_per_bag, "instance_dropout": config.instance_dropout, "seed": config.seed}
+    return {
+        "train": LabelledSlides(store, plan.ids["train"], plan.targets["train"], plan.weights["train"], **sampled),
+        "val": LabelledSlides(store, plan.ids["val"], plan.targets["val"], plan.weights["val"]),
+    }
+
+
+def _content(plan: _Plan, bags: BagFolder) -> dict[str, Any]:
+    """What describes the aggregator in `model.json`."""
+    config = plan.config
+    return {
+        "aggregator": config.aggregator,
+        "aggregator_options": config.options_of("aggregator_options"),
+        "dim": bags.dim,
+        "hidden": config.hidden,
+        "dropout": config.dropout,
+    }
+
+
+def _fresh_model(plan: _Plan, store: TileStore) -> Standardized:
+    """The model before its first step, a function of fold and seed."""
+    torch.manual_seed(int(hash_of([plan.fold, plan.config.seed])[:8], 16))
+    inner = build_aggregator(_content(plan, store.bags), plan.task)
+    return Standardized(inner, *(store.moments(plan.ids["train"]) if plan.config.standardize else (None, None)))
+
+
+def _finish(plan: _Plan, store: TileStore, cohort: Cohort, fitted: Fitted, device: str) -> str:
+    """Calibrate the best weights on the validation slides and write the run; a line about it."""
+    config, task, bags = plan.config, plan.task, store.bags
+    model = Standardized(build_aggregator(_content(plan, bags), task))
+    model.load_state_dict(fitted.best_state)
+    logits = _logits(model, _slides(plan, store)["val"], device)
+    targets = plan.targets["val"].numpy()
+    temperature, threshold = calibrate(task, logits, targets)
+    task = task.calibrated(logits, targets)
+    val_loss = fitted.history[fitted.best_epoch]["val_loss"]
+    encoder, sha256 = bags.encoder
+    header = bags.headers[plan.ids["train"][0]].attributes
+    with atomic_path(plan.folder / "metrics.csv") as temporary:
+        temporary.write_text(
+            "\n".join(["epoch,train_loss,val_loss", *(",".join(map(str, row.values())) for row in fitted.history), ""])
+        )
+    with atomic_path(plan.folder / "model.safetensors") as temporary:
+        save_file({name: value.contiguous() for name, value in fitted.best_state.items()}, temporary)
+    write_json(
+        plan.folder / "model.json",
+        {
+            "format": "wsimil-model",
+            "format_version": MODEL_FORMAT,
+            **_content(plan, bags),
+            "task": task.to_json(),
+            "threshold": threshold,
+            "temperature": temperature,
+            "encoder": {"name": encoder, "sha256": sha256},
+            "effective_mpp": _number(header.get("effective_mpp")),
+            "tile_px": _number(header.get("tile_px")),
+            "filter": asdict(bags.filter),
+            "fold": plan.fold,
+            "seed": config.seed,
+            "splits_hash": splits_hash(cohort.splits),
+            "best_epoch": fitted.best_epoch,
+            "epochs": len(fitted.history),
+            "val_loss": val_loss,
+            "n_train": len(plan.ids["train"]),
+            "n_val": len(plan.ids["val"]),
+            "precision": resolve_precision(config.precision, device),
+            "config": asdict(config),
+            "versions": {name: version(name) for name in ("wsimil", "torch", "lightning")},
+            "key": plan.key,
+        },
+    )
+    return f"{plan.folder.name}: epoch {fitted.best_epoch} of {len(fitted.history)}, validation loss {val_loss:.3f}"
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _finished(plan: _Plan) -> dict[str, Any] | None:
+    try:
+        content = read_json(plan.folder / "model.json")
+    except (OSError, ValueError):
+        return None
+    return content if content.get("key") == plan.key and (plan.folder / "model.safetensors").exists() else None
+
+
+def _logits(model: Aggregator, slides: LabelledSlides, device: str) -> np.ndarray:
+    """(n, C) of all slides, one bag at a time, in float32 as predictions are."""
+    model.eval().to(device)
+    each = []
+    with torch.inference_mode():
+        for index in range(len(slides)):
+            (piece,) = slides.pieces([index], 0, limit=None)
+            each.append(model(piece.bags.to(device, torch.float32)).logits.float().cpu().numpy())
+    return np.concatenate(each)
