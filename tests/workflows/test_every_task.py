@@ -174,7 +174,7 @@ def test_the_command_evaluates_against_the_label_table(
 
 
 def test_tile_scores_have_a_column_for_each_name(done: tuple[Study, Path]) -> None:
-    study, folder = done
+    _, folder = done
     path = next((folder / "predictions" / "scores").glob("*.h5"))
     task = load_model(folder / "run" / "fold0-seed0").task
     with open_hdf5(path) as file:

@@ -30,7 +30,7 @@ from wsimil.training import load_model, train
 SETTINGS = Settings(
     tile=TileConfig(tile_px=128),
     split=SplitConfig(folds=3),
-    train=TrainConfig(epochs=20, hidden=64, bags_per_step=2),
+    train=TrainConfig(epochs=30, hidden=64, bags_per_step=2),
 )
 
 
@@ -225,7 +225,7 @@ def test_training_killed_between_epochs_ends_in_the_same_weights(study: Study, t
         "--fold",
         "0",
         "--epochs",
-        "20",
+        "30",
         "--hidden",
         "64",
         "--bags-per-step",

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -73,7 +74,7 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, *, min_slides: int = 2
 
     # convex in 1/T, so one minimum on the log scale too
     bounds = tuple(np.log(_TEMPERATURES))
-    found = optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    found = cast(Any, optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}))
     return float(np.exp(found.x)) if found.fun < loss(0.0) else 1.0
 
 

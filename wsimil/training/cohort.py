@@ -80,7 +80,7 @@ def _check_no_twins(bags: BagFolder, splits: pd.DataFrame) -> None:
     """Raises SplitsError if two slides on different sides of a fold have the same features, tile for tile."""
     for one, other in _twins(bags, sorted(set(splits["slide_id"]) & set(bags.headers))):
         sides = splits[splits["slide_id"].isin([one, other])].groupby("fold")["split"].nunique()
-        if sides.max() > 1:
+        if (sides.to_numpy() > 1).any():
             raise SplitsError(
                 f"{one} and {other} have the same features, tile for tile, and are on two sides of fold {sides.idxmax()}: "
                 "they are one slide under two names; take one out of the labels, or give both the same patient"
