@@ -18,7 +18,7 @@ def _times_done(job: Path) -> Counter[str]:
 def test_racing_runs_do_each_slide_once(cohort: Path, calm: Path, tmp_path: Path, n_runs: int) -> None:
     job = tmp_path / "job"
     with ExitStack() as stack:
-        runs = [stack.enter_context(Run(cohort, job)) for _ in range(n_runs)]
+        runs = [stack.enter_context(Run(cohort, job, "--workers", "1")) for _ in range(n_runs)]
         endings = [run.ending() for run in runs]
         assert [run.left_behind() for run in runs] == [{}] * n_runs
     assert [ending.code for ending in endings] == [0] * n_runs, "\n".join(ending.said for ending in endings)
@@ -41,12 +41,3 @@ def test_the_survivor_takes_over_from_the_killed(cohort: Path, calm: Path, tmp_p
     done = _times_done(job)
     assert set(done.values()) == {1}, done
     assert_finished(job, calm, swept=False)  # what the dead was writing goes when the next run begins
-
-
-def test_shards_that_run_together_share_one_status_table(cohort: Path, calm: Path, tmp_path: Path) -> None:
-    job = tmp_path / "job"
-    with ExitStack() as stack:
-        runs = [stack.enter_context(Run(cohort, job, "--shard", f"{shard}/2")) for shard in (1, 2)]
-        endings = [run.ending() for run in runs]
-    assert [ending.code for ending in endings] == [0, 0], "\n".join(ending.said for ending in endings)
-    assert_finished(job, calm)

@@ -22,6 +22,7 @@ from wsimil.errors import SlideError, SlideUnreadableError, UsageError, WsimilEr
 from wsimil.extraction.engine import Stage, run_slides
 from wsimil.extraction.job import Job, Row, failure_key
 from wsimil.extraction.pixels import Prepared, TilePixels, Wanted, WantedBag
+from wsimil.extraction.pool import reader_count
 from wsimil.extraction.tile import too_small
 from wsimil.files import write_text
 from wsimil.slides.cohort import SlideFile, find_slides
@@ -32,7 +33,7 @@ from wsimil.slides.tiles import MAX_INVALID
 
 __all__ = ["Extraction", "extract_features", "resolve_device"]
 
-_SECTION_TILES = 2048
+_SECTION_TILES = 256, 2048
 """Tiles that one reader takes of a slide at a time: several readers share a large slide, a small one has one."""
 
 
@@ -112,7 +113,7 @@ def extract_features(
     rows = run_slides(
         folder,
         files,
-        _ExtractStage(wanted, encoders, device, extract),
+        _ExtractStage(wanted, encoders, device, extract, readers=reader_count(job.workers)),
         config=job,
         tile_bytes=tile.tile_px**2 * 3,
         quiet=quiet,
@@ -135,8 +136,8 @@ class _Slide:
 class _ExtractStage(Stage):
     name = "extract"
 
-    def __init__(self, wanted: Wanted, encoders: Sequence[Encoder], device: str, config: ExtractConfig) -> None:
-        self.request = wanted.request
+    def __init__(self, wanted: Wanted, encoders: Sequence[Encoder], device: str, config: ExtractConfig, *, readers: int) -> None:
+        self.request, self._readers = wanted.request, readers
         self._wanted, self._encoders, self._device, self._config = wanted, encoders, device, config
         self._slides: dict[str, _Slide] = {}
         self._ready: list[SlideFile] = []
@@ -173,7 +174,7 @@ class _ExtractStage(Stage):
                     value.stain,
                 ),
             )
-            for start, end in sections(tiles.coords_level0_px)
+            for start, end in sections(tiles.coords_level0_px, self._readers)
         ]
 
     def pixels(self, file: SlideFile, content: TilePixels, memory: np.ndarray) -> int:
@@ -299,13 +300,18 @@ class _ExtractStage(Stage):
             self._wanted.job.remember_failure(file.slide_id, key, str(error))
 
 
-def sections(coords_level0_px: np.ndarray) -> list[tuple[int, int]]:
-    """Rows of tiles, from and to, that one reader takes at a time: whole lines of tiles, about `_SECTION_TILES` of them."""
+def sections(coords_level0_px: np.ndarray, readers: int) -> list[tuple[int, int]]:
+    """Rows of tiles, from and to, that one reader takes at a time: whole lines of tiles, enough that every reader has two shares.
+
+    Not fewer than some hundred tiles: blocks on the border of two shares are decoded twice.
+    """
     total = len(coords_level0_px)
+    least, most = _SECTION_TILES
+    share = min(most, max(least, -(-total // (2 * readers))))
     lines = np.flatnonzero(np.diff(coords_level0_px[:, 1], prepend=-1)) if total else np.empty(0, int)  # where each line starts
     cuts, last = [0], 0
     for line in lines.tolist():
-        if line - last >= _SECTION_TILES:
+        if line - last >= share:
             cuts.append(line)
             last = line
     return [(start, end) for start, end in zip(cuts, [*cuts[1:], total], strict=True) if end > start]
