@@ -241,10 +241,12 @@ def _installed(module: str) -> bool:
 
 def encoder(folder: Path, rounds: int) -> Iterator[str]:
     name = "random:vit_small_patch16_224"
-    path = make_slide(folder, block_px=256, chroma="420", side_px=6_144, downsamples=(1, 4, 16))
+    path = make_slide(folder, block_px=256, chroma="420", side_px=4_096, downsamples=(1, 4, 16))
     tile, job, n_tiles = TileConfig(tile_px=224, tissue="none", mpp=0.25), JobConfig(), 0
-    alone, model = "ViT-S/16 alone, tiles in memory", load_encoder(name)
-    for dtype in ("fp32", "bf16"):
+    alone = "ViT-S/16 alone, tiles in memory"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    fast_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")  # emulated, it is slower than fp32
+    for dtype in ("fp32", "bf16") if fast_bf16 else ("fp32",):
         config = ExtractConfig(encoder=(name,), dtype=dtype, batch_size=32, device="cpu")
         rates: dict[str, list[float]] = {alone: [], "wsimil extract, whole run": [], "wsimil extract, first to last tile": []}
         model = load_encoder(name, dtype=dtype)
@@ -258,7 +260,7 @@ def encoder(folder: Path, rounds: int) -> Iterator[str]:
                 extraction = extract_features(path, out, tile=tile, extract=config, job=job, quiet=True)
             whole = time.perf_counter() - start
             n_tiles = extraction.rows[0].n_tiles
-            assert extraction.rows[0].status == "done" and n_tiles > 700, extraction.rows
+            assert extraction.rows[0].status == "done" and n_tiles > 300, extraction.rows
             rates["wsimil extract, whole run"].append(n_tiles / whole)
             rates["wsimil extract, first to last tile"].append((n_tiles - watch.first_count) / watch.seconds)
             tiles = torch.randint(0, 256, (32, 224, 224, 3), dtype=torch.uint8)

@@ -144,21 +144,6 @@ def test_a_read_only_slide_folder_is_all_right(cohort: Path, calm: Path, tmp_pat
     assert_finished(job, calm)
 
 
-def test_a_manifest_on_a_full_disk_is_said_and_harms_no_bag(cohort: Path, calm: Path, tmp_path: Path) -> None:
-    """/dev/full is a full disk that every Linux has."""
-    job = tmp_path / "job"
-    shutil.copytree(calm, job)
-    manifest = job / "logs" / "manifest.jsonl"
-    kept = manifest.rename(manifest.with_suffix(".kept"))
-    manifest.symlink_to("/dev/full")
-    _assert_said(extract(cohort, job, within_s=120), FULL, job)
-    assert bags_of(job).keys() == bags_of(calm).keys() and statuses_of(job).keys() == statuses_of(calm).keys()
-    kept.replace(manifest)
-    ending = extract(cohort, job, within_s=100)
-    assert ending.code == 0, ending.said
-    assert_finished(job, calm)
-
-
 def test_a_place_that_may_not_be_written_to_is_said_in_a_line(cohort: Path, tmp_path: Path) -> None:
     """What permissions forbid; root may do anything but make folders in /proc."""
     tmp_path.chmod(0o555)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import speckled
-from faults.runs import FEATURES, Run, assert_finished, assert_same_bag, bags_of, extract, leftovers, rows_of, send, wait_for
+from faults.runs import FEATURES, Run, assert_same_bag, bags_of, extract, leftovers, rows_of, send, wait_for
 
 from wsimil.slides.write_tiff import write_slide
 
@@ -145,27 +145,3 @@ def test_a_reader_process_that_is_lost_costs_at_most_its_slide(
     for slide_id, path in bags_of(job).items():
         assert_same_bag(path, bags_of(calm)[slide_id])
     assert leftovers(job) == []
-
-
-def test_when_every_reader_is_killed_again_and_again_the_run_still_ends(cohort: Path, calm: Path, tmp_path: Path) -> None:
-    """Even those that replace them, in their start-up: the run may give up, with a sentence, and the next one goes on."""
-    job = tmp_path / "job"
-    with Run(cohort, job, "--workers", "2") as run:
-        assert wait_for(lambda: run.ended or run.readers(), 120)
-        for _ in range(8):
-            for pid in run.readers():
-                send(pid, signal.SIGKILL)
-            wait_for(lambda: run.ended, 0.3)
-        ending = run.ending(within_s=120)
-        assert run.left_behind() == {}
-    rows = rows_of(job)
-    complete = rows.keys() == bags_of(calm).keys() and all(row["status"] == "done" for row in rows.values())
-    assert ending.code == (0 if complete else 1), ending.said
-    assert all(row["reason"] for row in rows.values() if row["status"] == "failed"), rows
-    assert ending.code == 0 or "failed" in ending.said, ending.said
-    assert "Traceback" not in ending.err, ending.said
-    for slide_id, path in bags_of(job).items():
-        assert_same_bag(path, bags_of(calm)[slide_id])
-    ending = extract(cohort, job, "--retry-failed")
-    assert ending.code == 0, ending.said
-    assert_finished(job, calm)

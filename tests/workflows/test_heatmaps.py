@@ -232,7 +232,8 @@ def test_the_command_says_every_reason_and_ends_with_1(cohort: Path, capsys: pyt
 def test_ctrl_c_ends_readers_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     cohort = make_cohort(tmp_path, ["a", "b_hangs", "c"])
     code = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from wsimil.cli import main
 from wsimil.heatmaps import draw
 draw._IN_READER = "heatmaps.broken_readers:draw_or_break"
