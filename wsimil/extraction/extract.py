@@ -26,8 +26,6 @@ from wsimil.extraction.pool import reader_count
 from wsimil.extraction.tile import too_small
 from wsimil.files import write_text
 from wsimil.slides.cohort import SlideFile, find_slides
-from wsimil.slides.direct import DCT_RESAMPLER
-from wsimil.slides.slide import RESAMPLER
 from wsimil.slides.stain import StainTarget, stain_normaliser
 from wsimil.slides.tiles import MAX_INVALID
 
@@ -264,7 +262,7 @@ class _ExtractStage(Stage):
                 qc=slide.qc,
                 attributes={
                     **tiled.attributes,
-                    "resampler": DCT_RESAMPLER if self._wanted.dct_scaled else RESAMPLER,
+                    "resampler": self._wanted.resampler,
                     **(prepared.stain.attributes() if prepared.stain else {}),
                     "recipe_hash": prepared.recipe_hashes[number],
                     "encoder": contract.name,

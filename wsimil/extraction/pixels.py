@@ -54,6 +54,10 @@ class Wanted:
     retry_failed: bool
     overwrite_stale: bool
 
+    @property
+    def resampler(self) -> str:
+        return DCT_RESAMPLER if self.dct_scaled else RESAMPLER
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -149,7 +153,7 @@ def _recipe_hashes(slide: Slide, file: SlideFile, wanted: Wanted) -> tuple[str, 
         recipe["stain"] = wanted.stain.recipe()
     return tuple(
         hash_of(
-            {**recipe, "resampler": DCT_RESAMPLER if wanted.dct_scaled else RESAMPLER, "quality": QUALITY_VERSION, **bag.recipe}
+            {**recipe, "resampler": wanted.resampler, "quality": QUALITY_VERSION, **bag.recipe}
         )
         for bag in wanted.bags
     )
