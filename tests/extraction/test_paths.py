@@ -105,3 +105,7 @@ def test_decoding_at_half_size_is_another_recipe_and_recorded(cohort: Path, tmp_
     assert exact.attributes["recipe_hash"] != dct.attributes["recipe_hash"]
     difference = np.abs(exact.features.astype(float) - dct.features).max()
     assert 0 < difference < 0.5
+
+    native = cohort / "420-0.5.svs"  # nothing to halve: decoded exactly, whatever was asked
+    extract_features(native, tmp_path / "native", tile=tile, extract=ExtractConfig(decode="dct"), quiet=True)
+    assert read_bag(bags(tmp_path / "native")["420-0.5"]).attributes["resampler"] == RESAMPLER

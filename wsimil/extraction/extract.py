@@ -26,6 +26,7 @@ from wsimil.extraction.pool import reader_count
 from wsimil.extraction.tile import too_small
 from wsimil.files import write_text
 from wsimil.slides.cohort import SlideFile, find_slides
+from wsimil.slides.slide import RESAMPLER
 from wsimil.slides.stain import StainTarget, stain_normaliser
 from wsimil.slides.tiles import MAX_INVALID
 
@@ -129,6 +130,7 @@ class _Slide:
     qc: dict[str, np.ndarray]
     failures: dict[int, str] = field(default_factory=dict)
     n_encoded: int = 0
+    resampler: str = RESAMPLER  # as its readers say; not every slide can be decoded as --decode asks
 
 
 class _ExtractStage(Stage):
@@ -179,6 +181,7 @@ class _ExtractStage(Stage):
         slide, side = self._slides[file.slide_id], self._wanted.tile.tile_px
         pixels = torch.from_numpy(memory[: content.count * side * side * 3].reshape(content.count, side, side, 3))
         slide.failures |= content.failures
+        slide.resampler = content.resampler
         if len(slide.failures) > MAX_INVALID * slide.prepared.n_tiles:
             raise SlideUnreadableError(
                 f"{len(slide.failures)} of {slide.prepared.n_tiles} tiles cannot be read, more than {MAX_INVALID:.0%}; "
@@ -262,7 +265,7 @@ class _ExtractStage(Stage):
                 qc=slide.qc,
                 attributes={
                     **tiled.attributes,
-                    "resampler": self._wanted.resampler,
+                    "resampler": slide.resampler,
                     **(prepared.stain.attributes() if prepared.stain else {}),
                     "recipe_hash": prepared.recipe_hashes[number],
                     "encoder": contract.name,

@@ -79,6 +79,7 @@ class TilePixels:
     count: int
     failures: Mapping[int, str]  # row → why it could not be read; its pixels are zeros
     qc: Mapping[str, np.ndarray]  # (count,) float32, NaN for failures
+    resampler: str  # the rule these pixels follow: --decode dct is for JPEG with even reductions only
 
 
 def prepare(reading: Reading, file: SlideFile, wanted: Wanted) -> Prepared:
@@ -116,7 +117,8 @@ def read_pixels(
 ) -> None:
     """Fill memory with consecutive tiles of a slide; `first` is the row of the first of them."""
     slide = reading.slide(file, fallback_mpp)
-    walk = reading.tiles(slide, tile_level0_px=tile_level0_px, tile_px=tile_px, dct_scaled=dct_scaled).walk(coords_level0_px)
+    reader = reading.tiles(slide, tile_level0_px=tile_level0_px, tile_px=tile_px, dct_scaled=dct_scaled)
+    walk = reader.walk(coords_level0_px)
     done = 0
     while done < len(coords_level0_px):
         slot, memory = reading.slot(tile_px)
@@ -129,7 +131,8 @@ def read_pixels(
         if stain is not None:
             pixels[:] = stain(pixels)
             pixels[failed] = 0
-        reading.filled(slot, TilePixels(first + done, len(pixels), {first + row: why for row, why in failures.items()}, qc))
+        named = {first + row: why for row, why in failures.items()}
+        reading.filled(slot, TilePixels(first + done, len(pixels), named, qc, reader.resampler))
         done += len(pixels)
 
 

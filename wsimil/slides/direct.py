@@ -92,7 +92,7 @@ class DirectReader:
         self.whole = whole if all(abs(factor - whole) * tile_px < 1e-3 for factor in factors) else None
         even = self.whole is not None and not (self.whole | blocks.block_width | blocks.block_height) & 1
         self.reduce = 2 if dct_scaled and even and blocks.codec == "jpeg" else 1  # in the decoder
-        self.resampler = DCT_RESAMPLER if dct_scaled else RESAMPLER
+        self.resampler = DCT_RESAMPLER if self.reduce == 2 else RESAMPLER
         self.block_shape = blocks.block_height // self.reduce, blocks.block_width // self.reduce, 3
         self._free: dict[tuple[int, ...], list[np.ndarray]] = {}
 
