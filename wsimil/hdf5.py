@@ -50,8 +50,14 @@ class Dataset:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_hdf5(path: str | os.PathLike[str], datasets: Mapping[str, Dataset], attributes: Mapping[str, Any]) -> None:
+def write_hdf5(
+    path: str | os.PathLike[str], datasets: Mapping[str, Dataset], attributes: Mapping[str, Any], *, free_text: bool = False
+) -> None:
     """Write datasets (names may hold `/`) and root attributes as one atomic file, attributes that are None left out.
+
+    Args:
+        free_text: root attributes that are text are of free length: other programs' readers compare them with a `str`, and
+            h5py gives `bytes` for those of fixed length.
 
     Raises:
         OSError: the file cannot be written; it names the path.
@@ -64,7 +70,8 @@ def write_hdf5(path: str | os.PathLike[str], datasets: Mapping[str, Dataset], at
                     stored = file.create_dataset(name, data=dataset.array)
                     stored.attrs.update({key: value for key, value in dataset.attributes.items() if value is not None})
                     stored.attrs[_CHECKSUM] = _checksum(dataset.array)
-                file.attrs.update({key: _fixed_length(value) for key, value in attributes.items() if value is not None})
+                stated = {key: value for key, value in attributes.items() if value is not None}
+                file.attrs.update(stated if free_text else {key: _fixed_length(value) for key, value in stated.items()})
                 file.attrs["complete"] = 1
             if sink.error is not None:
                 raise sink.error

@@ -400,3 +400,33 @@ def test_splits_of_clam_that_cannot_be_trusted_are_refused(tmp_path, name, conte
 def test_a_folder_without_splits_says_what_it_looked_for(tmp_path):
     with pytest.raises(SplitsError, match=r"no splits_<fold>\.csv"):
         read_splits(tmp_path)
+
+
+def test_an_official_test_set_is_one_fold_and_only_validation_is_drawn() -> None:
+    table = cohort(20, 30)
+    numbers = table["patient"].str.removeprefix("p").astype(int)
+    table["official"] = np.where(numbers % 3 == 0, "test", "train")
+    splits = make_splits(table, BINARY, SplitConfig(folds=5, test="official"))
+    assert set(splits["fold"]) == {0}
+    merged = splits.merge(table, on="slide_id")
+    assert ((merged["split"] == "test") == (merged["official"] == "test")).all()
+    assert {"train", "val", "test"} == set(splits["split"])
+    for side in ("train", "val"):
+        assert set(merged.loc[merged["split"] == side, "label"]) == {"0", "1"}
+    other = make_splits(table, BINARY, SplitConfig(folds=5, seed=1, test="official"))
+    tests = [set(one.loc[one["split"] == "test", "slide_id"]) for one in (splits, other)]
+    assert tests[0] == tests[1] and splits_hash(splits) != splits_hash(other)
+
+
+@pytest.mark.parametrize(
+    ("sides", "message"),
+    [
+        (["test", "train", "train", "train", "holdout", "test"], "holdout"),
+        (["train"] * 6, "no labelled slide is officially test"),
+        (["test", "train", "train", "train", "train", "test"], "patient p0 is officially in train and in test"),
+    ],
+)
+def test_an_official_test_set_that_leaks_or_lacks_a_side_is_refused(sides: list[str], message: str) -> None:
+    table = table_of(("00", "x"), ("11", "x"), ("01", "x")).assign(official=sides)
+    with pytest.raises(SplitsError, match=message):
+        make_splits(table, BINARY, SplitConfig(test="official"))

@@ -127,7 +127,7 @@ def test_of_several_classes_the_map_speaks_for_the_one_asked_for(tmp_path: Path)
 
 def test_of_two_classes_the_map_speaks_for_the_positive_one_whatever_was_predicted(tmp_path: Path) -> None:
     path = scores_file(tmp_path, classes=["tumour"], contributions=np.array([[1], [2], [3]], np.float32))
-    found = read_tile_map(path, class_name="normal")
+    found = read_tile_map(path, predicted="normal")
     assert found.class_name == "tumour" and found.values.tolist() == [1, 2, 3]
 
 

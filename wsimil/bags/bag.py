@@ -9,28 +9,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from wsimil.errors import BagFormatError
-from wsimil.hdf5 import Dataset, StoredRows, is_whole, open_hdf5, plain_attributes, read_array, stored_rows, write_hdf5
+from wsimil.hdf5 import Dataset, is_whole, open_hdf5, plain_attributes, read_array, stored_rows, write_hdf5
 from wsimil.units import nominal_magnification
 
 __all__ = [
     "FORMAT_VERSION",
+    "SCALE_UNKNOWN",
+    "SEEN_IN_PRETRAINING",
     "Bag",
     "BagHeader",
     "Geometry",
+    "Rows",
     "check_bag",
     "read_bag",
     "read_header",
     "read_patches",
     "read_scores",
     "stored_features",
+    "trident_geometry",
     "write_bag",
     "write_patches",
 ]
@@ -41,10 +45,16 @@ _TRIDENT_COORDS = {
     "patch_size": "tile_px",
     "patch_size_level0": "tile_level0_px",
     "overlap": "overlap_px",
+    "level0_magnification": "level0_magnification",
+    "target_magnification": "target_magnification",
     "level0_width": "level0_width",
     "level0_height": "level0_height",
 }
 """TRIDENT's attribute of `coords` → ours of the root."""
+
+SEEN_IN_PRETRAINING = "their encoder was pretrained on these slides, test slides included (--transductive)"
+SCALE_UNKNOWN = "the slide's µm/px is not stated, so models see no positions (`wsimil convert --slide-mpp` or `--slides`)"
+"""Remark on bags of other programs."""
 
 _KINDS = {"features": "f", "coords": "iuf", "valid": "biu"}
 """Kinds of number that a part may hold; scores are floats."""
@@ -52,23 +62,24 @@ _KINDS = {"features": "f", "coords": "iuf", "valid": "biu"}
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a reader needs to put tiles back on the slide: TRIDENT's attributes of `coords`."""
+    """What a reader needs to put tiles back on the slide: TRIDENT's attributes of `coords`; None: not known."""
 
-    tile_px: int
-    tile_level0_px: float
-    overlap_px: int
-    level0_width: int
-    level0_height: int
-    slide_mpp: float
-    target_mpp: float
+    tile_px: int | None
+    tile_level0_px: float | None
+    overlap_px: int | None
+    level0_width: int | None
+    level0_height: int | None
+    slide_mpp: float | None
+    target_mpp: float | None
     name: str
 
     def attributes(self) -> dict[str, Any]:
         return {
             "patch_size": self.tile_px,
-            "patch_size_level0": round(self.tile_level0_px),  # TRIDENT's readers want an integer; the root is exact
-            "level0_magnification": nominal_magnification(self.slide_mpp),
-            "target_magnification": nominal_magnification(self.target_mpp),
+            # TRIDENT's readers want an integer; the root is exact
+            "patch_size_level0": None if self.tile_level0_px is None else round(self.tile_level0_px),
+            "level0_magnification": None if self.slide_mpp is None else nominal_magnification(self.slide_mpp),
+            "target_magnification": None if self.target_mpp is None else nominal_magnification(self.target_mpp),
             "overlap": self.overlap_px,
             "name": self.name,
             "savetodir": "",
@@ -88,20 +99,44 @@ class Bag:
     attributes: Mapping[str, Any] = field(default_factory=dict)  # of the file's root
 
 
+class Rows(Protocol):
+    """Rows of a file (N, D), unread: `wsimil.hdf5.StoredRows`, or those of another program's file."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def nbytes(self) -> int: ...
+    def read(self, rows: np.ndarray | None = None) -> np.ndarray: ...
+    def read_checked(self) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class BagHeader:
-    """What a bag says of itself, its rows unread but ready to be: `header.features.read()`, `read_into`, `read_rows`."""
+    """What a bag says of itself, its rows unread but ready to be: `header.features.read()`."""
 
     path: Path
     n_tiles: int
     dim: int
     attributes: Mapping[str, Any]
-    features: StoredRows  # (N, D)
-    coords_level0_px: StoredRows  # (N, 2), of any number type
+    features: Rows  # (N, D)
+    coords_level0_px: Rows  # (N, 2), of any number type
+    foreign_scores: Callable[[], tuple[np.ndarray, dict[str, np.ndarray]]] | None = None  # of a layout that is not ours
+    remarks: tuple[str, ...] = ()  # what had to be assumed to read it
 
     @property
     def slide_id(self) -> str:
         return str(self.attributes.get("slide_id") or self.path.stem)
+
+    def scores(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """valid (N,) bool and qc {name: (N,)}, features unread. Raises BagFormatError as `read_header` does."""
+        return read_scores(self.path) if self.foreign_scores is None else self.foreign_scores()
+
+    def coords(self) -> np.ndarray:
+        """Top-left corners (N, 2): whole level-0 pixels, but for layouts that have only micrometres (`coords_unit` um)."""
+        found = self.coords_level0_px.read_checked()
+        return found if self.attributes.get("coords_unit") == "um" else found.astype(np.int64, copy=False)
 
     @property
     def encoder(self) -> tuple[str, str]:
@@ -198,7 +233,11 @@ def _header(path: Path, file: Any) -> BagHeader:
     if "n_invalid" not in attributes:
         attributes["n_invalid"] = int((~read_array(file["valid"]).astype(bool)).sum()) if "valid" in file else 0
     n_tiles, dim = file["features"].shape
-    return BagHeader(path, n_tiles, dim, attributes, stored_rows(file["features"]), stored_rows(file["coords"]))
+    remarks = () if ours or attributes.get("mpp") else (SCALE_UNKNOWN,)
+    if attributes.get("encoder_transductive") and attributes.get("encoder_saw_slide"):
+        remarks += (SEEN_IN_PRETRAINING,)
+    rows = stored_rows(file["features"]), stored_rows(file["coords"])
+    return BagHeader(path, n_tiles, dim, attributes, *rows, remarks=remarks)
 
 
 def _check_finished(path: Path, attributes: Mapping[str, Any]) -> None:
@@ -210,17 +249,22 @@ def _check_finished(path: Path, attributes: Mapping[str, Any]) -> None:
 
 
 def _trident_attributes(path: Path, file: Any) -> dict[str, Any]:
-    """What TRIDENT states on the datasets, under our names; it writes a missing value as the text None."""
-    coords = plain_attributes(file["coords"])
-    stated = {name: coords.get(key, "None") for key, name in _TRIDENT_COORDS.items()}
-    found = {name: value for name, value in stated.items() if value != "None"}
-    if "tile_level0_px" in found:
-        found["tile_level0_px"] = float(found["tile_level0_px"])
+    """What TRIDENT states on the datasets, under our names."""
+    found = trident_geometry(plain_attributes(file["coords"]))
     encoder = plain_attributes(file["features"]).get("encoder", "None")
     folder = path.absolute().parent.name
     if encoder == "None" and folder.startswith("features_"):
         encoder = folder.removeprefix("features_")
     return {**found, "slide_id": path.stem, "encoder": "unknown" if encoder == "None" else encoder}
+
+
+def trident_geometry(coords: Mapping[str, Any]) -> dict[str, Any]:
+    """TRIDENT's attributes of `coords` under our names; it writes a missing value as the text None."""
+    stated = {name: coords.get(key, "None") for key, name in _TRIDENT_COORDS.items()}
+    found = {name: value for name, value in stated.items() if value != "None"}
+    if "tile_level0_px" in found:
+        found["tile_level0_px"] = float(found["tile_level0_px"])
+    return found
 
 
 def write_patches(

@@ -4,11 +4,13 @@
 - Bags are kept in memory up to a limit and read from their files beyond it: results are the same.
 - A bag is checked once: its parts when it is found, its values when they are first loaded whole. From then on only its rows
   are read, and a file that was replaced is refused.
+- Folders of other programs (CLAM, STAMP, torchmil …) are read in place, at the speed of their files.
 - Rows that are not valid, or that the filter leaves out, never reach a model; a slide left without rows is an empty one.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from wsimil.bags.bag import Bag, BagHeader, read_header, read_scores
+from wsimil.bags.bag import Bag, BagHeader, read_header
 from wsimil.bags.filter import NO_FILTER, kept_tiles
+from wsimil.bags.interop import Known, find_foreign
 from wsimil.batch import BagBatch
 from wsimil.config import FilterConfig
 from wsimil.errors import BagFormatError, EncoderMismatchError, UsageError
@@ -52,7 +55,7 @@ class BagFolder:
     """The bags of one features folder, by slide id. Threads may share it; a copy in another process has an empty cache.
 
     Args:
-        folder: a job folder or a `features_*` folder.
+        folder: a job folder, a `features_*` folder, or a folder of another program's bags.
         filter: which tiles count; every valid one if not given.
         cache_bytes: bags kept in memory, at most.
 
@@ -63,8 +66,14 @@ class BagFolder:
     """
 
     def __init__(self, folder: str | Path, *, filter: FilterConfig = NO_FILTER, cache_bytes: int = 4 << 30) -> None:
-        self.folder, self.filter = find_features_folder(folder), filter
-        headers = [read_header(path) for path in sorted(self.folder.glob("*.h5")) if not path.name.startswith(".")]
+        self.filter = filter
+        if foreign := find_foreign(Path(folder)):
+            layout, paths = foreign
+            self.folder = Path(folder)
+            headers = [layout.header(path, slide_id, Known()) for slide_id, path in paths.items()]
+        else:
+            self.folder = find_features_folder(folder)
+            headers = [read_header(path) for path in sorted(self.folder.glob("*.h5")) if not path.name.startswith(".")]
         if not headers:
             raise UsageError(f"{self.folder}: no bag (*.h5) in it")
         _check_same_encoder(headers)
@@ -97,6 +106,12 @@ class BagFolder:
         return next(iter(self.headers.values())).dim
 
     @property
+    def remarks(self) -> list[str]:
+        """What had to be assumed, or is not known, of bags of other programs: a line for each, with the number of slides."""
+        texts = Counter(remark for header in self.headers.values() for remark in header.remarks)
+        return [f"{count} of {len(self.headers)} bags: {text}" for text, count in texts.items()]
+
+    @property
     def encoder(self) -> tuple[str, str]:
         return next(iter(self.headers.values())).encoder
 
@@ -114,9 +129,9 @@ class BagFolder:
             UsageError: the filter asks for a score that the bag lacks.
         """
         if slide_id not in self._kept:
-            path, cached = self.headers[slide_id].path, self._cache.get(slide_id)
-            valid, qc = (cached.valid, cached.qc) if cached else read_scores(path)
-            self._kept[slide_id] = kept_tiles(valid, qc, self.filter, bag=path.name)
+            header, cached = self.headers[slide_id], self._cache.get(slide_id)
+            valid, qc = (cached.valid, cached.qc) if cached else header.scores()
+            self._kept[slide_id] = kept_tiles(valid, qc, self.filter, bag=header.path.name)
         return self._kept[slide_id]
 
     def fingerprint(self, slide_id: str) -> str:
@@ -131,9 +146,8 @@ class BagFolder:
         if cached := self._cache.get(slide_id):
             return cached
         header = self.headers[slide_id]
-        valid, qc = read_scores(header.path)
-        coords = header.coords_level0_px.read_checked().astype(np.int64, copy=False)
-        bag = Bag(header.features.read_checked(), coords, valid, qc, header.attributes)
+        valid, qc = header.scores()
+        bag = Bag(header.features.read_checked(), header.coords(), valid, qc, header.attributes)
         if self._fits(header) and self._cache.setdefault(slide_id, bag) is bag:
             self._cache_left -= _size(header)
         return bag
@@ -171,7 +185,8 @@ class BagFolder:
                 self._checked.add(slide_id)
         mpp, tile_level0_px = header.attributes.get("mpp"), header.attributes.get("tile_level0_px")
         coords_um = tile_um = None
-        if mpp and tile_level0_px:
+        placed = header.attributes.get("coords_unit", "px") in ("px", "um")  # places on a grid, or none at all, say nothing
+        if mpp and tile_level0_px and placed:
             centre = (coords + float(tile_level0_px) / 2) * float(mpp)
             coords_um = torch.from_numpy(centre.astype(np.float32))
             tile_um = torch.tensor([float(tile_level0_px) * float(mpp)])

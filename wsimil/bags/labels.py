@@ -34,11 +34,12 @@ _YES, _NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 
 
 def read_labels(
-    path: str | Path, config: LabelsConfig, *, group: str = "patient", site: str | None = None
+    path: str | Path, config: LabelsConfig, *, group: str = "patient", site: str | None = None, test: str | None = None
 ) -> Table:
     """Columns `slide, patient, site, label`, all text; rows without a label have an empty one.
 
-    `patient` is the `group` column, or the slide itself where that is empty; `site` is empty where there is none.
+    `patient` is the `group` column, or the slide itself where that is empty; `site` is empty where there is none. With `test`,
+    the column that names an official test set, there is a column `official` of its values.
 
     Raises:
         LabelsError: no such file or column, a slide without a name.
@@ -52,7 +53,7 @@ def read_labels(
     if config.task == "survival" and config.time is None:
         raise LabelsError("a survival task needs two columns: pass --time and --event")
     truth = [config.time, config.event] if config.time and config.event else list(config.target)
-    asked = {"slide", *truth, group, site} - {"patient", None}
+    asked = {"slide", *truth, group, site, test} - {"patient", None}
     for column in sorted(filter(None, asked)):
         require_column(path, table, column, LabelsError)
     table = table.where(~table.apply(lambda cells: cells.str.lower()).isin(_MISSING), "")
@@ -66,6 +67,7 @@ def read_labels(
             "patient": patients.where(patients != "", slides),
             "site": table.get(site or "site", ""),
             "label": _labels(path, table[truth], config),
+            **({} if test is None else {"official": table[test].str.lower()}),
         }
     ).reset_index(drop=True)
 
@@ -168,7 +170,7 @@ def slide_ids_of(labels: Table) -> Table:
 
 
 def _unique(labels: Table) -> Table:
-    facts = [column for column in ("slide_id", "patient", "site", "label") if column in labels]
+    facts = [column for column in ("slide_id", "patient", "site", "label", "official") if column in labels]
     labels = labels.drop_duplicates(facts)  # the same said twice is no contradiction
     twice = labels["slide_id"].duplicated(keep=False)
     if twice.any():

@@ -37,16 +37,22 @@ COLUMNS = ["fold", "slide_id", "patient", "site", "split"]
 def make_splits(labels: Table, task: Task, config: SplitConfig) -> Table:
     """Cross-validation folds for a matched label table (`slide_id, patient, site, label`), unlabelled rows left out.
 
+    A table with a column `official` (train or test) gives one fold with that test set; only validation is drawn.
+
     Raises:
         SplitsError: too few patients for the folds, in all or in one class.
     """
     table: Table = labels[labels["label"] != ""]
     table = table.sort_values("slide_id", ignore_index=True)
-    patients = _patients(table, task, folds=config.folds, use_site=config.site is not None)
-    _check_enough(patients, task, config.folds)
-    tests = _deal(patients, [1 / config.folds] * config.folds, np.random.default_rng(config.seed))
+    official = _official(table) if "official" in table else None
+    folds = 1 if official is not None else config.folds
+    patients = _patients(table, task, folds=max(2, folds), use_site=config.site is not None)
+    if official is None:
+        _check_enough(patients, task, folds)
+        official = _deal(patients, [1 / folds] * folds, np.random.default_rng(config.seed))
+    tests = official
     parts = []
-    for fold in range(config.folds):
+    for fold in range(folds):
         rest = [patient for patient in patients if tests[patient.name] != fold]
         rng = np.random.default_rng([config.seed, fold + 1])
         inner = _deal(rest, [1 - config.val_fraction, config.val_fraction], rng)
@@ -55,6 +61,27 @@ def make_splits(labels: Table, task: Task, config: SplitConfig) -> Table:
     splits: Table = pd.concat(parts).sort_values(["fold", "slide_id"], ignore_index=True)
     check_splits(splits)
     return splits
+
+
+def _official(table: Table) -> dict[str, int]:
+    """Patient → 0 for those of the official test set, -1 for the others.
+
+    Raises:
+        SplitsError: a value that is neither, a patient on both sides, a side without slides.
+    """
+    sides = table["official"]
+    unknown = ~sides.isin(["train", "test"])
+    if unknown.any():
+        row = table[unknown].iloc[0]
+        raise SplitsError(f"{row['slide_id']}: the official side is {row['official']!r}; expected train or test")
+    for side in ("train", "test"):
+        if not (sides == side).any():
+            raise SplitsError(f"no labelled slide is officially {side}")
+    both = table.groupby("patient")["official"].nunique()
+    if (both > 1).any():
+        name = both.index[both > 1][0]
+        raise SplitsError(f"patient {name} is officially in train and in test; no model may learn from one it is tested on")
+    return {name: 0 if side == "test" else -1 for name, side in zip(table["patient"], sides, strict=True)}
 
 
 @dataclass(frozen=True)

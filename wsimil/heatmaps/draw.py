@@ -2,6 +2,7 @@
 
 - A slide that cannot be drawn, hangs for `--read-timeout` seconds or crashes a library is a line with a reason, and keeps no map of
   an earlier run: that could be another model's. The others are drawn.
+- Slides that were pooled have the prediction of their patient.
 - How many draw at a time changes no byte of what is written.
 - A folder that can hold no more ends the run.
 """
@@ -18,9 +19,10 @@ import numpy as np
 
 from wsimil.config import HeatmapConfig, JobConfig
 from wsimil.errors import SlideError, UsageError, WsimilError
-from wsimil.extraction.engine import NO_MORE_SPACE
+from wsimil.extraction.desk import NO_MORE_SPACE
 from wsimil.extraction.pool import Call, Done, Failed, ReaderCrash, ReaderPool, reader_count
 from wsimil.files import atomic_path, mark_output, sweep_temporary_files, write_text
+from wsimil.hdf5 import read_attributes
 from wsimil.heatmaps.geojson import tiles_geojson
 from wsimil.heatmaps.picture import overlay
 from wsimil.heatmaps.tile_map import TileMap, read_tile_map
@@ -78,7 +80,7 @@ def draw_heatmaps(
     mark_output(out)
     wrong = {path.stem: f"not among the {len(files)} slides of {slides}" for path in scores if path.stem not in files}
     calls = deque(
-        Call(path.stem, _IN_READER, (path, files[path.stem], rows.get(path.stem, {}), out, config))
+        Call(path.stem, _IN_READER, (path, files[path.stem], _row_of(path, rows), out, config))
         for path in scores
         if path.stem in files
     )
@@ -101,6 +103,14 @@ def draw_heatmaps(
     for line in lines:
         say(line)
     return lines
+
+
+def _row_of(scores: Path, rows: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The prediction that these tile scores belong to; nothing where it cannot be told."""
+    try:
+        return rows.get(str(read_attributes(scores).get("bag", scores.stem)), {})
+    except (WsimilError, OSError):  # whoever draws it will say so
+        return {}
 
 
 def _reason(error: Exception, slide_id: str, out: Path) -> str:
@@ -129,13 +139,15 @@ def draw_in_reader(
     try:
         for suffix in config.format:
             (out / f"{file.slide_id}.{suffix}").unlink(missing_ok=True)
-        predicted = str(row["prediction"]) if "prediction" in row else None
-        tile_map = read_tile_map(scores, config.map, class_name=predicted)
+        tile_map = read_tile_map(scores, config.map, class_name=config.class_name, predicted=_likeliest(row))
+        if tile_map.unit != "px" or not all(tile_map.size_level0_px):  # of another program's bags
+            slide = reading.slide(file, None)
+            tile_map = tile_map.on(slide.mpp, (slide.width, slide.height))
         if "png" in config.format:
             picture = _picture(reading.slide(file, None), tile_map, config.max_side_px)
             reading.alive()
             with atomic_path(out / f"{file.slide_id}.png") as temporary:
-                image = overlay(picture, tile_map, _caption(tile_map, row))
+                image = overlay(picture, tile_map, _caption(tile_map, row, asked=config.class_name is not None))
                 image.save(temporary, compress_level=1, compress_type=_Z_RLE)
             reading.alive()
         if "geojson" in config.format:
@@ -157,15 +169,28 @@ def _picture(slide: Slide, tile_map: TileMap, max_side_px: int) -> np.ndarray:
     return slide.overview((max(1, round(slide.width / factor)), max(1, round(slide.height / factor))))
 
 
-def _caption(tile_map: TileMap, row: Mapping[str, Any]) -> str:
+def _likeliest(row: Mapping[str, Any]) -> str | None:
+    """The predicted class; of several labels the one with the highest probability."""
+    if "prediction" not in row:
+        return None
+    chances = {name.removeprefix("prob_"): float(value) for name, value in row.items() if name.startswith("prob_")}
+    predicted = str(row["prediction"])
+    return predicted if predicted in chances or not chances else max(chances, key=lambda name: chances[name])
+
+
+def _caption(tile_map: TileMap, row: Mapping[str, Any], *, asked: bool = False) -> str:
+    """What is predicted and true; of several labels, or when a class was asked for, also whose map it is."""
     if row.get("status") != "done":
         return tile_map.slide_id
-    true = str(row.get("label", ""))
+    true, pooled = str(row.get("label", "")), row["slide_id"] != tile_map.slide_id
+    whose = f"{tile_map.slide_id}   " + (f"patient {row['slide_id']} " if pooled else "")
     if "prediction" in row:
         probability = row.get(f"prob_{row['prediction']}")  # several labels have none of their own
         said = f"predicted: {row['prediction']}" + ("" if probability is None else f" ({float(probability):.2f})")
-        return f"{tile_map.slide_id}   {said}" + (f"   true: {true}" if true else "")
+        chance = row.get(f"prob_{tile_map.class_name}") if asked or probability is None else None
+        said += "" if chance is None else f"   map: {tile_map.class_name} ({float(chance):.2f})"
+        return f"{whose}{said}" + (f"   true: {true}" if true else "")
     for column, said in (("value", "predicted"), ("risk", "risk")):
         if column in row:
-            return f"{tile_map.slide_id}   {said} {float(row[column]):.3g}" + (f"   true {true}" if true else "")
+            return f"{whose}{said} {float(row[column]):.3g}" + (f"   true {true}" if true else "")
     return tile_map.slide_id

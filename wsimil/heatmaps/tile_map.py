@@ -3,7 +3,7 @@
 - One model of the raster: every tile is a square in level-0 pixels; where tiles overlap, their mean.
 - The map is the signed contribution to the predicted class (of two: to the positive one) where the model has exact ones: 0 is
   neutral, red speaks for it, blue against. Else it is the tiles' own probability, else attention as multiples of a uniform
-  weight. The raw scores stay in `scores/`.
+  weight. Another class may be asked for. The raw scores stay in `scores/`.
 - Work is done between the edges of tiles, not on pixels and not tile by tile, and from the top down: 100,000 tiles take a fraction
   of a second, and memory does not grow with the canvas.
 """
@@ -11,13 +11,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from wsimil.errors import BagFormatError, UsageError
+from wsimil.errors import BagFormatError, SlideScaleUnknownError, UsageError
 from wsimil.hdf5 import open_hdf5, plain_attributes, read_array
 
 __all__ = ["Strip", "TileMap", "read_tile_map"]
@@ -46,6 +46,20 @@ class TileMap:
     class_name: str  # what the values speak for
     size_level0_px: tuple[int, int]
     bounds: tuple[int, int]  # x, y
+    unit: str = "px"  # of coordinates and sides; um: of another program's bags that do not know the slide's pixels
+
+    def on(self, slide_mpp: float | None, size_level0_px: tuple[int, int]) -> TileMap:
+        """The same map in the slide's own pixels, of a slide of this size; only what the map does not know is taken over.
+
+        Raises:
+            SlideScaleUnknownError: positions are in µm, and so the slide's µm/px is needed.
+        """
+        if self.unit == "px":
+            return self if all(self.size_level0_px) else replace(self, size_level0_px=size_level0_px)
+        if slide_mpp is None:
+            raise SlideScaleUnknownError("tiles are placed in µm, and the slide states no µm/px; state it in a slide table (`mpp`)")
+        coords, side = self.coords_level0_px / slide_mpp, self.tile_level0_px / slide_mpp
+        return replace(self, coords_level0_px=coords, tile_level0_px=side, size_level0_px=size_level0_px, unit="px")
 
     @property
     def signed(self) -> bool:
@@ -121,12 +135,14 @@ def _numbered(low: np.ndarray, high: np.ndarray, end: int) -> tuple[np.ndarray, 
     return np.flatnonzero(present), number[low], number[high]
 
 
-def read_tile_map(scores: Path, kind: str = "auto", *, class_name: str | None = None) -> TileMap:
+def read_tile_map(scores: Path, kind: str = "auto", *, class_name: str | None = None, predicted: str | None = None) -> TileMap:
     """The map of a scores file.
 
     Args:
         kind: attention, contribution, tile_prob, or auto.
-        class_name: which class the map speaks for; default the only or last one.
+        class_name: which class the map speaks for.
+        predicted: the class to speak for if none is asked for; where there is no map of it (of two classes, the negative one) the
+            only or last one.
 
     Raises:
         BagFormatError: no scores file.
@@ -147,9 +163,16 @@ def read_tile_map(scores: Path, kind: str = "auto", *, class_name: str | None = 
             raise UsageError(f"{scores}: no {kind} in it (it has {', '.join(present) or 'no map'})")
         table = read_array(file[present[kind]])
         coords = read_array(file["coords"])
+    if "tile_level0_px" not in attributes or (unit := attributes.get("coords_unit", "px")) not in ("px", "um"):
+        raise UsageError(f"{scores}: where its tiles are is not known; `wsimil convert` says what the bags lack, and takes it")
     names = [str(name) for name in attributes.get("class_names", [])]
+    if class_name is not None and kind == "attention":
+        raise UsageError(f"{scores}: attention speaks for no class; leave out --class-name {class_name}")
+    if class_name is not None and class_name not in names:
+        raise UsageError(f"{scores}: no map of {class_name!r} in it (it has {', '.join(names)})")
+    spoken_for = class_name or predicted
     # one output: the map speaks for the positive class, whatever was predicted
-    column = names.index(class_name) if class_name in names else -1
+    column = names.index(spoken_for) if spoken_for in names else -1
     if kind == "attention":
         values = table.mean(1) * np.isfinite(table).all(1).sum()
     else:
@@ -162,6 +185,7 @@ def read_tile_map(scores: Path, kind: str = "auto", *, class_name: str | None = 
         tile_level0_px=float(attributes["tile_level0_px"]),
         kind=kind,
         class_name=names[column] if names and kind != "attention" else "attention",
-        size_level0_px=(int(attributes["level0_width"]), int(attributes["level0_height"])),
+        size_level0_px=(int(attributes.get("level0_width", 0)), int(attributes.get("level0_height", 0))),
         bounds=(int(attributes.get("bounds_x", 0)), int(attributes.get("bounds_y", 0))),
+        unit=unit,
     )
