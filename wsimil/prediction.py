@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from wsimil.aggregators.packed import segment_softmax
-from wsimil.bags.bag import Bag
+from wsimil.bags.bag import BagHeader
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import read_splits, splits_hash
@@ -60,7 +60,9 @@ def predict(
     """
     config = config or PredictConfig()
     run = _read_run(Path(model))
-    bag_folder = BagFolder(bags, filter=run.filter)
+    bag_folder = BagFolder(bags, filter=run.filter, cache_bytes=0)  # every slide is read once
+    for remark in bag_folder.remarks:
+        say(remark)
     _check_encoder(bag_folder, run)
     if run.filter != NO_FILTER:
         say(f"tiles are filtered as the model's were: {_described(run.filter)}")
@@ -85,7 +87,7 @@ def predict(
         if not filled:
             rows.append(row | {"status": "empty"})
             continue
-        row |= _predict_one(bag_folder, filled, models, run.task, device, Path(out))
+        row |= _predict_one(bag_folder, filled, models, run.task, device, Path(out), name=name)
         rows.append(row | {"status": "done"})
     if not_tested:
         say(f"{not_tested} slides are in no test fold of this model, so they are not predicted")
@@ -218,18 +220,20 @@ def _groups(bags: BagFolder, run: _Run, config: PredictConfig) -> dict[str, list
     return dict(groups)
 
 
-def _predict_one(bags: BagFolder, slide_ids: list[str], models: list[TrainedModel], task: Task, device: str, out: Path) -> dict:
-    """Predict slides as one bag; write their tile scores; return the columns of the prediction."""
+def _predict_one(
+    bags: BagFolder, slide_ids: list[str], models: list[TrainedModel], task: Task, device: str, out: Path, *, name: str
+) -> dict:
+    """Predict slides as one bag of this name; write their tile scores; return the columns of the prediction."""
     batch = _one_bag([bags.load(slide_id) for slide_id in slide_ids]).to(device)
     with torch.inference_mode():
         outputs = [model.model(batch, explain=True) for model in models]
     scores = _tile_scores(outputs, models, batch, task)
     start = 0
     for slide_id in slide_ids:
-        bag, keep = bags.read(slide_id), bags.kept(slide_id)
+        keep = bags.kept(slide_id)
         rows = slice(start, start + int(keep.sum()))
-        mine = {name: values[rows] for name, values in scores.items()}
-        _write_scores(out / "scores" / f"{slide_id}.h5", bag, keep, mine, models)
+        mine = {score: values[rows] for score, values in scores.items()}
+        _write_scores(out / "scores" / f"{slide_id}.h5", bags.headers[slide_id], keep, mine, models, bag=name)
         start = rows.stop
     return _decoded([output.logits.float().cpu().numpy() for output in outputs], models)
 
@@ -290,9 +294,14 @@ def _tile_scores(outputs: list[BagOutput], models: list[TrainedModel], batch: Ba
     return {name: np.mean(values, axis=0).astype(np.float32) for name, values in parts.items()}
 
 
-def _write_scores(path: Path, bag: Bag, keep: np.ndarray, scores: dict[str, np.ndarray], models: list[TrainedModel]) -> None:
-    """Scores on the rows of the bag; rows that the models did not see (not valid, or filtered out) are NaN."""
-    datasets = {"coords": Dataset(bag.coords_level0_px)}
+def _write_scores(
+    path: Path, header: BagHeader, keep: np.ndarray, scores: dict[str, np.ndarray], models: list[TrainedModel], *, bag: str
+) -> None:
+    """Scores on the rows of the stored bag; rows that the models did not see (not valid, or filtered out) are NaN.
+
+    `bag` is the id of the prediction's row: the slide's, or that of the patient whose slides were pooled.
+    """
+    datasets = {"coords": Dataset(header.coords())}
     for name, values in scores.items():
         full = np.full((len(keep), values.shape[1]), np.nan, np.float32)
         full[keep] = values
@@ -305,7 +314,8 @@ def _write_scores(path: Path, bag: Bag, keep: np.ndarray, scores: dict[str, np.n
         {
             "format": "wsimil-scores",
             "format_version": 1,
-            **{name: bag.attributes.get(name) for name in (*kept, "bounds_x", "bounds_y")},
+            **{name: header.attributes.get(name) for name in (*kept, "bounds_x", "bounds_y", "coords_unit")},
+            "bag": bag,
             "model_hash": hash_of(sorted(file_sha256(model.folder / "model.safetensors") for model in models)),
             "models": [model.folder.name for model in models],
             "class_names": list(models[0].task.output_names),

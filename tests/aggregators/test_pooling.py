@@ -11,7 +11,7 @@ import torch
 from seeded import make_bags, seed_weights
 
 from wsimil.aggregators.mean_pool import MeanPool
-from wsimil.aggregators.pooling import EmbeddingPool, InstancePool
+from wsimil.aggregators.pooling import Pool
 from wsimil.batch import pack
 from wsimil.errors import ConfigError
 
@@ -33,9 +33,9 @@ def pooled_by_numpy(name: str, values: np.ndarray) -> np.ndarray:
     return {"mean": np.mean, "max": np.max}[name](values, 0)
 
 
-def instance_pool(name: str, **options: float) -> InstancePool:
+def instance_pool(name: str, **options: float) -> Pool:
     torch.manual_seed(0)
-    return InstancePool(DIM, C, hidden=8, pool=name, **options).double().eval()
+    return Pool(DIM, C, level="instance", hidden=8, pool=name, **options).double().eval()
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -50,7 +50,7 @@ def test_scores_are_pooled_as_the_formula_says(name):
 @pytest.mark.parametrize("name", ["max", "topk", "lse"])
 def test_embeddings_are_pooled_feature_by_feature(name):
     torch.manual_seed(0)
-    model, bags = EmbeddingPool(DIM, C, hidden=8, pool=name).double().eval(), make_bags(*SIZES, dim=DIM)
+    model, bags = Pool(DIM, C, level="embedding", hidden=8, pool=name).double().eval(), make_bags(*SIZES, dim=DIM)
     output = model(bags)
     expected = np.stack([pooled_by_numpy(name, part.numpy()) for part in output.tile_embedding.detach().split(SIZES)])
     np.testing.assert_allclose(output.bag_embedding.detach(), expected, rtol=1e-10, atol=1e-10)
@@ -58,10 +58,10 @@ def test_embeddings_are_pooled_feature_by_feature(name):
     np.testing.assert_allclose(output.logits.detach(), by_hand, rtol=1e-10)
 
 
-@pytest.mark.parametrize(("make", "name"), [(EmbeddingPool, "lse"), (InstancePool, "lse"), (InstancePool, "noisy_or")])
-def test_contributions_are_what_the_logits_lose_without_the_tile(make, name):
+@pytest.mark.parametrize(("level", "name"), [("embedding", "lse"), ("instance", "lse"), ("instance", "noisy_or")])
+def test_contributions_are_what_the_logits_lose_without_the_tile(level, name):
     torch.manual_seed(0)
-    model = make(DIM, C, hidden=8, pool=name).double().eval()
+    model = Pool(DIM, C, level=level, hidden=8, pool=name).double().eval()
     assert model.contribution_kind == "leave-one-out"
     bags = make_bags(1, 2, 9, dim=DIM)
     bags.features[4] *= 40.0  # one tile that outweighs the rest by far
@@ -124,29 +124,32 @@ def test_noisy_or_stays_exact_where_probabilities_round():
 
 def test_a_new_noisy_or_is_not_certain_about_a_large_bag():
     torch.manual_seed(0)
-    probability = InstancePool(DIM, 1, pool="noisy_or").eval()(make_bags(1000, dim=DIM).to("cpu", torch.float32)).logits.sigmoid()
+    new = Pool(DIM, 1, level="instance", pool="noisy_or").eval()
+    probability = new(make_bags(1000, dim=DIM).to("cpu", torch.float32)).logits.sigmoid()
     assert 0.2 < probability.item() < 0.95
 
 
 def test_the_largest_score_is_what_clam_trains_its_instance_baseline_on():
     golden = np.load(GOLDEN / "mil_fc.npz")
-    model = InstancePool(16, 1, hidden=512, pool="max").double().eval()
+    model = Pool(16, 1, level="instance", hidden=512, pool="max").double().eval()
     seed_weights(model, seed=1)
     sizes = golden["sizes"].tolist()
     bags = pack([make_bags(size, dim=16, seed=size) for size in sizes])
     np.testing.assert_allclose(model(bags).logits[:, 0].detach(), golden["logit_difference"], rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("options", [{"pool": "median"}, {"pool": "topk", "k": 0}, {"pool": "lse", "sharpness": 0}])
+@pytest.mark.parametrize(
+    "options", [{"pool": "median"}, {"pool": "topk", "k": 0}, {"pool": "lse", "sharpness": 0}, {"level": "tile"}]
+)
 def test_what_cannot_be_is_refused(options):
     with pytest.raises(ConfigError):
-        InstancePool(DIM, C, **options)
+        Pool(DIM, C, **{"level": "instance", **options})
 
 
 @pytest.mark.parametrize("pool", ["mean", "noisy_or"])
 def test_what_has_no_embedding_level_of_its_own_is_refused(pool):
-    with pytest.raises(ConfigError, match="see MeanPool and InstancePool"):
-        EmbeddingPool(DIM, C, pool=pool)
+    with pytest.raises(ConfigError, match="their mean is mean_pool"):
+        Pool(DIM, C, level="embedding", pool=pool)
 
 
 def test_the_mean_is_the_same_at_both_levels():

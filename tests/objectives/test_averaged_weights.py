@@ -1,4 +1,4 @@
-"""Averages of weights: by hand, what is validated and kept, resumed; and soups of finished models."""
+"""Averages of weights: by hand, what is validated and kept, resumed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from wsimil.aggregators import Standardized
 from wsimil.aggregators.abmil import ABMIL
 from wsimil.batch import BagBatch, LabelledBags
-from wsimil.errors import UsageError
-from wsimil.objectives import AttentionEntropy, AveragedWeights, SlideLabel, greedy_soup, soup
+from wsimil.objectives import AttentionEntropy, AveragedWeights, SlideLabel
 from wsimil.task import Task
 
 BINARY = Task("binary", ("no", "yes"))
@@ -106,31 +105,3 @@ def test_a_wrapper_hands_the_average_on():
     model, objective = make()
     assert AttentionEntropy(objective).kept_model(model) is objective.average
     assert SlideLabel(BINARY).kept_model(model) is model
-
-
-def states_of(*values: float) -> list[dict[str, Tensor]]:
-    return [{"weight": torch.full((2,), float(value)), "order": torch.tensor([1, 0])} for value in values]
-
-
-def test_a_soup_is_the_mean_and_whole_numbers_must_agree():
-    mixed = soup(states_of(1, 2, 6))
-    assert mixed["weight"].tolist() == [3, 3] and mixed["order"].tolist() == [1, 0]
-    assert soup([{"half": torch.tensor([60_000.0], dtype=torch.float16)}] * 3)["half"].item() == 60_000  # the sum overflows
-    states = states_of(1, 2)
-    states[1]["order"] = torch.tensor([0, 1])
-    with pytest.raises(UsageError, match="order differs between the models"):
-        soup(states)
-    with pytest.raises(UsageError, match="other names or shapes"):
-        soup([states[0], {"weight": torch.zeros(3)}])
-    with pytest.raises(UsageError, match="no model"):
-        soup([])
-
-
-def test_a_model_joins_the_greedy_soup_only_if_it_does_not_harm():
-    def distance(state) -> float:
-        return abs(float(state["weight"][0]) - 2.0)
-
-    mixed, chosen = greedy_soup(states_of(9.0, 1.5, 2.75, 1.25), distance)
-    assert chosen == [1, 2]  # 1.5 is best; with 2.75 the mean is 2.125; 1.25 and 9 would move it away
-    assert mixed["weight"].tolist() == [2.125, 2.125]
-    assert greedy_soup(states_of(2.0, 5.0), distance)[1] == [0]

@@ -21,12 +21,13 @@ from wsimil.errors import ConfigError, SplitsError
 from wsimil.files import read_json
 from wsimil.hdf5 import Dataset, read_attributes, write_hdf5
 from wsimil.objectives import ClamInstances, SlideLabel
+from wsimil.prediction import predict
 from wsimil.task import Task
 from wsimil.training import load_model, train
 from wsimil.training.dropout import ByteDropout, quicken_dropout
 from wsimil.training.goals import build_objective
-from wsimil.training.items import LabelledSlides, TileStore
-from wsimil.training.loop import Fitted, fit, resolve_precision
+from wsimil.training.items import LabelledSlides, Steps, TileStore
+from wsimil.training.loop import Fitted, fit, learning_rate, resolve_precision
 
 TASK = Task("binary", ("neg", "pos"))
 
@@ -55,6 +56,57 @@ def test_a_step_in_pieces_is_the_step(toy, tmp_path, monkeypatch):
             if name == "inner.attend.score.bias":
                 continue  # cancels in the softmax: its gradient is rounding, which Adam makes steps of
             torch.testing.assert_close(cut.best_state[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_learning_rate_rises_then_falls_to_its_end():
+    config = TrainConfig(lr=2e-4, min_lr=5e-6, warm_up=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(2e-5) and max(rates) == rates[9] == pytest.approx(2e-4)
+    assert rates[9:] == sorted(rates[9:], reverse=True) and rates[100] == pytest.approx(5e-6)
+    assert rates[55] == pytest.approx((2e-4 + 5e-6) / 2)  # half-way down the cosine
+    assert learning_rate(TrainConfig(lr=2e-4, warm_up=0.0), 0, 100) == 2e-4
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9)])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
+def test_the_optimiser_is_the_one_asked_for(toy, tmp_path, optimizer, betas):
+    """Against torch's own on the same steps."""
+    asked = {"epochs": 1, "dropout": 0.0, "bags_per_step": 1, "warm_up": 0.0, "select": "last"}
+    config = TrainConfig(**asked, optimizer=optimizer, betas=betas, weight_decay=0.1, lr=1e-2, min_lr=1e-2)
+    ours = fitted(toy, tmp_path / "ours", config)
+
+    store = TileStore(BagFolder(toy, cache_bytes=0), memory_bytes=1 << 30)
+    names = store.bags.slide_ids
+    slides = LabelledSlides(store, names[:16], torch.tensor([float(name[1:]) % 2 for name in names[:16]]))
+    torch.manual_seed(0)
+    model = Standardized(make_aggregator("gated_abmil", DIM, 1, hidden=8, dropout=0.0), *store.moments(names[:16]))
+    kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.Adam
+    reference = kind(model.parameters(), lr=1e-2, betas=betas, weight_decay=0.1)
+    for step in Steps(slides, bags_per_step=1, shuffle_seed=config.seed).plan(0):
+        reference.zero_grad()
+        (piece,) = slides.pieces(step, 0, limit=None)
+        torch.stack(list(SlideLabel(TASK).losses(model, piece, 0.0).values())).sum().backward()
+        reference.step()
+    for name, value in model.state_dict().items():
+        if name != "inner.attend.score.bias":
+            torch.testing.assert_close(ours.best_state[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_every_epoch_that_is_kept_is_a_run(toy, tmp_path):
+    config = TrainConfig(epochs=3, hidden=8, keep_epochs=True)
+    settings = Settings(train=config, split=SplitConfig(folds=2))
+    folders = train(toy, toy / "labels.csv", tmp_path / "run", settings=settings, quiet=True)
+    epochs = sorted(path.name for path in (tmp_path / "run/epochs").iterdir())
+    assert epochs == ["000", "001", "002"]
+    for folder in folders:
+        best = load_model(folder)
+        assert not (folder / "epochs").exists()
+        again = load_model(tmp_path / "run/epochs" / f"{best.content['best_epoch']:03d}" / folder.name)
+        for name, value in best.model.state_dict().items():
+            assert torch.equal(value, again.model.state_dict()[name])
+        assert (again.threshold, again.temperature) == (0.5, 1.0)
+    rows = predict(toy, tmp_path / "run/epochs/001", tmp_path / "predictions", quiet=True)
+    assert set(rows["split"]) == {"test"} and rows["slide_id"].is_unique
 
 
 def test_clipping_shortens_steps(toy, tmp_path):
@@ -188,7 +240,7 @@ def test_balanced_sampling_takes_the_place_of_weights(toy, tmp_path):
 
 
 def test_no_argument_leads_from_test_slides_to_the_loop():
-    assert [*inspect.signature(fit).parameters] == ["run", "model", "objective", "train", "val", "config", "device"]
+    assert [*inspect.signature(fit).parameters] == ["run", "model", "objective", "train", "val", "config", "device", "ranks"]
 
 
 @pytest.mark.parametrize("stack", ["off", "on"])

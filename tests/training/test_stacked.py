@@ -17,7 +17,7 @@ from wsimil.objectives import SlideLabel
 from wsimil.task import Task
 from wsimil.training import load_model, train
 from wsimil.training.items import LabelledSlides, Steps, TileStore
-from wsimil.training.loop import cosine_factor
+from wsimil.training.loop import learning_rate
 from wsimil.training.stacked import STACKABLE, Member, fit_stacked, unstackable
 
 M = 3
@@ -64,7 +64,7 @@ def trained_alone(member: Member, members: list[Member], store: TileStore, confi
         for step in steps.plan(epoch):
             mine = [member.ids["train"].index(union[index]) for index in step if union[index] in member.ids["train"]]
             if mine:
-                optimiser.param_groups[0]["lr"] = config.lr * cosine_factor(taken, total)
+                optimiser.param_groups[0]["lr"] = learning_rate(config, taken, total)
                 optimiser.zero_grad()
                 (piece,) = own["train"].pieces(mine, epoch, limit=None)
                 torch.stack(list(objective.losses(model, piece, 0.0).values())).sum().backward()
@@ -182,6 +182,7 @@ def test_stacked_runs_are_ordinary_runs(toy, tmp_path):
     for run in runs:
         trained = load_model(run)
         assert trained.temperature > 0 and trained.threshold is not None
+        assert trained.content["stack"] == 6
         assert len((run / "metrics.csv").read_text().splitlines()) == 1 + trained.content["epochs"]
     weights = {(run / "model.safetensors").read_bytes() for run in runs}
     assert len(weights) == 6

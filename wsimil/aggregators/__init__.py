@@ -19,7 +19,7 @@ from wsimil.aggregators.dsmil import DSMIL
 from wsimil.aggregators.dtfd import DTFD
 from wsimil.aggregators.ilra import ILRA
 from wsimil.aggregators.mean_pool import MeanPool
-from wsimil.aggregators.pooling import EmbeddingPool, InstancePool
+from wsimil.aggregators.pooling import Pool
 from wsimil.aggregators.query_decoder import QueryDecoder
 from wsimil.aggregators.r2t import R2T
 from wsimil.aggregators.simple_mil import SimpleMIL
@@ -47,15 +47,21 @@ class AggregatorEntry:
 
 AGGREGATORS: dict[str, AggregatorEntry] = {
     "mean_pool": AggregatorEntry(MeanPool, "average of the tiles, linear classifier", "baseline", "own"),
-    "max_pool": AggregatorEntry(partial(EmbeddingPool, pool="max"), "largest value of every feature", "baseline", "own"),
-    "topk_pool": AggregatorEntry(partial(EmbeddingPool, pool="topk"), "mean of every feature's top hundredth", "baseline", "own"),
-    "lse_pool": AggregatorEntry(partial(EmbeddingPool, pool="lse"), "log-mean-exp of every feature", "baseline", "own"),
-    "instance_mean": AggregatorEntry(partial(InstancePool, pool="mean"), "mean of the tiles' scores", "baseline", "own"),
-    "instance_max": AggregatorEntry(partial(InstancePool, pool="max"), "largest score of a tile", "baseline", "verified"),
-    "instance_topk": AggregatorEntry(partial(InstancePool, pool="topk"), "mean of the top hundredth of scores", "baseline", "own"),
-    "instance_lse": AggregatorEntry(partial(InstancePool, pool="lse"), "log-mean-exp of the tiles' scores", "baseline", "own"),
+    "max_pool": AggregatorEntry(partial(Pool, level="embedding", pool="max"), "largest value of every feature", "baseline", "own"),
+    "topk_pool": AggregatorEntry(
+        partial(Pool, level="embedding", pool="topk"), "mean of every feature's top hundredth", "baseline", "own"
+    ),
+    "lse_pool": AggregatorEntry(partial(Pool, level="embedding", pool="lse"), "log-mean-exp of every feature", "baseline", "own"),
+    "instance_mean": AggregatorEntry(partial(Pool, level="instance", pool="mean"), "mean of the tiles' scores", "baseline", "own"),
+    "instance_max": AggregatorEntry(partial(Pool, level="instance", pool="max"), "largest score of a tile", "baseline", "verified"),
+    "instance_topk": AggregatorEntry(
+        partial(Pool, level="instance", pool="topk"), "mean of the top hundredth of scores", "baseline", "own"
+    ),
+    "instance_lse": AggregatorEntry(
+        partial(Pool, level="instance", pool="lse"), "log-mean-exp of the tiles' scores", "baseline", "own"
+    ),
     "noisy_or": AggregatorEntry(
-        partial(InstancePool, pool="noisy_or"), "positive if any tile is", "Maron and Lozano-Pérez 1997; baseline", "own"
+        partial(Pool, level="instance", pool="noisy_or"), "positive if any tile is", "Maron and Lozano-Pérez 1997; baseline", "own"
     ),
     "abmil": AggregatorEntry(partial(ABMIL, gated=False), "attention-weighted mean", "Ilse 2018, arXiv 1802.04712", "verified"),
     "gated_abmil": AggregatorEntry(ABMIL, "attention-weighted mean, gated", "Ilse 2018, arXiv 1802.04712", "verified"),

@@ -22,7 +22,7 @@ from wsimil.aggregators.packed import segment_argmax, segment_max, segment_mean,
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 from wsimil.errors import ConfigError
 
-__all__ = ["EmbeddingPool", "InstancePool"]
+__all__ = ["Pool"]
 
 
 class Mean:
@@ -159,14 +159,17 @@ def _lost(logits: Tensor, without: Tensor, bags: BagBatch) -> Tensor:
     return logits[bag] - torch.where(alone, 0.0, without)
 
 
-class EmbeddingPool(Aggregator):
-    """logits = W pool_i φ(h_i) + b, every feature pooled by itself, φ = Linear, ReLU, Dropout.
+class Pool(Aggregator):
+    """logits = W pool_i φ(h_i) + b at the level of embeddings, pool_i (W φ(h_i) + b) at that of instances.
+
+    φ = Linear, ReLU, Dropout.
 
     Args:
         dim: width D of the features.
         n_outputs: C.
+        level: "embedding" pools every feature by itself, "instance" every output.
         hidden: width H of φ.
-        pool: "max", "topk" or "lse".
+        pool: "mean", "max", "topk", "lse" or "noisy_or"; of embeddings "max", "topk" or "lse".
         k: of "topk": a number of tiles, or below 1 a share of the bag, rounded up.
         sharpness: r of "lse".
         dropout: on φ's output.
@@ -177,6 +180,7 @@ class EmbeddingPool(Aggregator):
         dim: int,
         n_outputs: int,
         *,
+        level: str,
         hidden: int = 256,
         pool: str = "max",
         k: float = 0.01,
@@ -184,73 +188,42 @@ class EmbeddingPool(Aggregator):
         dropout: float = 0.25,
     ) -> None:
         super().__init__()
-        if pool not in ("max", "topk", "lse"):
-            raise ConfigError(f"embeddings are pooled by max, topk or lse, not by {pool!r}; see MeanPool and InstancePool")
+        if level not in ("embedding", "instance"):
+            raise ConfigError(f"level is {level!r}; expected embedding or instance")
+        if level == "embedding" and pool not in ("max", "topk", "lse"):
+            raise ConfigError(
+                f"embeddings are pooled by max, topk or lse, not by {pool!r}; their mean is mean_pool, other pools are of instances"
+            )
         self.dim, self.n_outputs = dim, n_outputs
         self.pool = _pool(pool, k, sharpness)
         self.contribution_kind = "exact" if isinstance(self.pool, Selects) else "leave-one-out"
         self.project = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
-        self.classify = nn.Linear(hidden, n_outputs)
-
-    def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
-        self.check(bags)
-        tiles = self.project(bags.features)  # (ΣN, H)
-        bag = self.pool(tiles, bags)  # (B, H)
-        logits = self.classify(bag)  # (B, C)
-        contributions = self._contributions(tiles, logits, bags) if explain else None
-        return BagOutput(logits, bag_embedding=bag, tile_embedding=tiles, contributions=contributions)
-
-    def _contributions(self, tiles: Tensor, logits: Tensor, bags: BagBatch) -> Tensor:
-        """(ΣN, C)."""
-        if isinstance(self.pool, Blends):
-            return _lost(logits, self.classify(self.pool.without_each(tiles, bags)), bags)
-        selected = F.linear(self.pool.weights(tiles, bags) * tiles, self.classify.weight)  # (ΣN, C)
-        return selected + self.classify.bias / bags.sizes[bags.bag_index].unsqueeze(1)  # the bias is shared by all
-
-
-class InstancePool(Aggregator):
-    """logits = pool_i (W φ(h_i) + b), every output pooled by itself, φ = Linear, ReLU, Dropout.
-
-    Args:
-        dim: width D of the features.
-        n_outputs: C.
-        hidden: width H of φ.
-        pool: "mean", "max", "topk", "lse" or "noisy_or".
-        k: of "topk": a number of tiles, or below 1 a share of the bag, rounded up.
-        sharpness: r of "lse".
-        dropout: on φ's output.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        n_outputs: int,
-        *,
-        hidden: int = 256,
-        pool: str = "mean",
-        k: float = 0.01,
-        sharpness: float = 5.0,
-        dropout: float = 0.25,
-    ) -> None:
-        super().__init__()
-        self.dim, self.n_outputs = dim, n_outputs
-        self.pool = _pool(pool, k, sharpness)
-        self.contribution_kind = "exact" if isinstance(self.pool, Selects) else "leave-one-out"
-        self.project = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
-        self.score = nn.Linear(hidden, n_outputs)
-        if isinstance(self.pool, NoisyOr):
+        self.score = nn.Linear(hidden, n_outputs) if level == "instance" else None  # of tiles
+        self.classify = nn.Linear(hidden, n_outputs) if level == "embedding" else None  # of bags
+        if self.score is not None and isinstance(self.pool, NoisyOr):
             nn.init.constant_(self.score.bias, -7.0)
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         self.check(bags)
         tiles = self.project(bags.features)  # (ΣN, H)
-        scores = self.score(tiles)  # (ΣN, C)
-        logits = self.pool(scores, bags)  # (B, C)
-        contributions = self._contributions(scores, logits, bags) if explain else None
-        return BagOutput(logits, tile_logits=scores, tile_embedding=tiles, contributions=contributions)
+        values = tiles if self.score is None else self.score(tiles)  # (ΣN, H) or (ΣN, C)
+        pooled = self.pool(values, bags)  # (B, H) or (B, C)
+        logits = pooled if self.classify is None else self.classify(pooled)  # (B, C)
+        return BagOutput(
+            logits,
+            bag_embedding=pooled if self.score is None else None,
+            tile_logits=values if self.classify is None else None,
+            tile_embedding=tiles,
+            contributions=self._contributions(values, logits, bags) if explain else None,
+        )
 
-    def _contributions(self, scores: Tensor, logits: Tensor, bags: BagBatch) -> Tensor:
+    def _contributions(self, values: Tensor, logits: Tensor, bags: BagBatch) -> Tensor:
         """(ΣN, C)."""
         if isinstance(self.pool, Blends):
-            return _lost(logits, self.pool.without_each(scores, bags), bags)
-        return self.pool.weights(scores, bags) * scores
+            without = self.pool.without_each(values, bags)
+            return _lost(logits, without if self.classify is None else self.classify(without), bags)
+        selected = self.pool.weights(values, bags) * values
+        if self.classify is None:
+            return selected
+        # the bias is shared by all tiles
+        return F.linear(selected, self.classify.weight) + self.classify.bias / bags.sizes[bags.bag_index].unsqueeze(1)

@@ -9,20 +9,20 @@ AEM, Zhang et al. 2024 (arXiv 2406.15303), around any other objective.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wsimil.batch import BagBatch, BagOutput, Objective
+from wsimil.batch import BagBatch, Objective
 from wsimil.errors import ConfigError
+from wsimil.objectives.wrapping import Wrapping, listening
 
 __all__ = ["AttentionEntropy", "attention_entropy"]
 
 
-class AttentionEntropy(Objective):
+class AttentionEntropy(Wrapping):
     """The losses of `inner`, and `entropy`: -λ_t · the mean entropy of the attention, λ_t = λ (1 + cos π t) / 2, t the progress.
 
     Args:
@@ -30,48 +30,18 @@ class AttentionEntropy(Objective):
     """
 
     def __init__(self, inner: Objective, *, weight: float = 0.1) -> None:
-        super().__init__()
-        self.inner, self.weight = inner, weight
-        self.per_bag = inner.per_bag
+        super().__init__(inner)
+        self.weight = weight
 
     def losses(self, model: nn.Module, batch: Any, progress: float) -> dict[str, Tensor]:
-        heard: list[BagOutput] = []
-
-        def hear(module: nn.Module, arguments: Any, output: Any) -> None:
-            heard.append(output)
-
-        listening = model.register_forward_hook(hear)
-        try:
+        with listening(model) as heard:
             losses = self.inner.losses(model, batch, progress)
-        finally:
-            listening.remove()
         if not model.training:
             return losses
         if not heard or heard[0].attention_logits is None:
             raise ConfigError(f"{type(model).__name__} gives no attention_logits; AttentionEntropy has nothing to spread")
         weight = self.weight * (1 + math.cos(math.pi * progress)) / 2
         return losses | {"entropy": -weight * attention_entropy(heard[0].attention_logits, batch.bags)}
-
-    def prepare(self, model: nn.Module) -> None:
-        self.inner.prepare(model)
-
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        return self.inner.param_groups(model)
-
-    def sampler(self, epoch: int) -> Iterable[int] | None:
-        return self.inner.sampler(epoch)
-
-    def on_epoch_start(self, epoch: int, infer: Callable[[], Iterable[tuple[Any, Any]]]) -> None:
-        self.inner.on_epoch_start(epoch, infer)
-
-    def after_backward(self) -> None:
-        self.inner.after_backward()
-
-    def after_step(self) -> None:
-        self.inner.after_step()
-
-    def kept_model(self, model: nn.Module) -> nn.Module:
-        return self.inner.kept_model(model)
 
 
 def attention_entropy(attention_logits: Tensor, bags: BagBatch) -> Tensor:

@@ -2,26 +2,25 @@
 
 - The average reaches back over a tenth of the steps so far, at most 1 / (1 - decay): early weights, which are still random, are
   forgotten however short the run.
-- Soups average the weights of finished models (Wortsman 2022, arXiv 2203.05482). It makes sense for models that began at the
-  same weights; whether a model joins the greedy soup is for the validation loss to say, never for test slides.
+- Finished models are not averaged weight by weight (a "soup", Wortsman 2022, arXiv 2203.05482): that is for models fine-tuned from
+  the same trained weights. Ours begin at random ones, other for every seed; what they predict is averaged instead.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wsimil.batch import Objective
-from wsimil.errors import UsageError
+from wsimil.objectives.wrapping import Wrapping
 
-__all__ = ["AveragedWeights", "greedy_soup", "soup"]
+__all__ = ["AveragedWeights"]
 
 
-class AveragedWeights(Objective):
+class AveragedWeights(Wrapping):
     """`inner`, minimised as ever; beside the model an average of its weights, w̄ ← d w̄ + (1 - d) w after every step.
 
     The average is the objective's state, is what `inner` judges in eval mode, and what `kept_model` hands out. Buffers are copied.
@@ -34,15 +33,14 @@ class AveragedWeights(Objective):
     step: Tensor
 
     def __init__(self, inner: Objective, *, decay: float = 0.999) -> None:
-        super().__init__()
-        self.inner, self.decay = inner, decay
-        self.per_bag = inner.per_bag
+        super().__init__(inner)
+        self.decay = decay
         # a tuple, not a module: the model is not the objective's state
         self.model: tuple[nn.Module, ...] = ()
         self.register_buffer("step", torch.tensor(0))
 
     def prepare(self, model: nn.Module) -> None:
-        self.inner.prepare(model)
+        super().prepare(model)
         self.model = (model,)
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
 
@@ -57,7 +55,7 @@ class AveragedWeights(Objective):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        self.inner.after_step()
+        super().after_step()
         (model,) = self.model
         self.step += 1
         decay = torch.clamp((self.step - 1) / (self.step + 9), max=self.decay)  # on the device: no step waits for it
@@ -68,57 +66,3 @@ class AveragedWeights(Objective):
 
     def kept_model(self, model: nn.Module) -> nn.Module:
         return self.average
-
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        return self.inner.param_groups(model)
-
-    def sampler(self, epoch: int) -> Iterable[int] | None:
-        return self.inner.sampler(epoch)
-
-    def on_epoch_start(self, epoch: int, infer: Callable[[], Iterable[tuple[Any, Any]]]) -> None:
-        self.inner.on_epoch_start(epoch, infer)
-
-    def after_backward(self) -> None:
-        self.inner.after_backward()
-
-
-def soup(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of several models' weights, name by name; whole numbers (counters, permutations) must agree.
-
-    Raises:
-        UsageError: the models do not have the same names and shapes, or differ in whole numbers.
-    """
-    if not states:
-        raise UsageError("no model to average")
-    shapes = [{name: tuple(values.shape) for name, values in state.items()} for state in states]
-    if any(other != shapes[0] for other in shapes):
-        raise UsageError("the models have other names or shapes of weights; only models of one kind can be averaged")
-    mean = {}
-    for name, first in states[0].items():
-        values = [state[name] for state in states]
-        if first.is_floating_point():
-            mean[name] = torch.stack([value.double() for value in values]).mean(0).to(first.dtype)
-        elif all(torch.equal(value, first) for value in values):
-            mean[name] = first.clone()
-        else:
-            raise UsageError(f"{name} differs between the models and cannot be averaged")
-    return mean
-
-
-def greedy_soup(
-    states: Sequence[Mapping[str, Tensor]], loss_of: Callable[[Mapping[str, Tensor]], float]
-) -> tuple[dict[str, Tensor], list[int]]:
-    """Models from the best on, each kept if the mean with it has no greater loss: the mean, and the places of those in it.
-
-    Args:
-        loss_of: validation loss of a model with these weights.
-    """
-    losses = [loss_of(state) for state in states]
-    order = sorted(range(len(states)), key=lambda place: losses[place])
-    chosen: list[int] = order[:1]
-    best = losses[order[0]] if order else 0.0
-    for place in order[1:]:
-        loss = loss_of(soup([states[one] for one in (*chosen, place)]))
-        if loss <= best:
-            chosen, best = [*chosen, place], loss
-    return soup([states[one] for one in chosen]), chosen

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsimil.batch import BagOutput, LabelledBags, Objective
+from wsimil.batch import BagOutput, LabelledBags
 from wsimil.errors import ConfigError
 from wsimil.objectives.slide_label import SlideLabel
+from wsimil.objectives.wrapping import Wrapping
 
 __all__ = ["ClamInstances", "smooth_top1_svm"]
 
@@ -31,7 +32,7 @@ def smooth_top1_svm(scores: Tensor, labels: Tensor, *, temperature: float = 1.0,
     return temperature * (gaps / temperature).logsumexp(1).mean()
 
 
-class ClamInstances(Objective):
+class ClamInstances(Wrapping):
     """Slide labels, and tiles judged as evidence for them.
 
     Needs a model that gives `attention_logits` (one column, or one for each output) and `tile_embedding`.
@@ -55,16 +56,20 @@ class ClamInstances(Objective):
         subtyping: bool = False,
         loss: str = "cross_entropy",
     ) -> None:
-        super().__init__()
+        super().__init__(slide_label)
         task = slide_label.task
         if task.kind not in ("binary", "multiclass"):
             raise ConfigError(f"ClamInstances needs one class for each slide; the task is {task.kind}")
         if loss not in ("cross_entropy", "svm"):
             raise ConfigError(f"loss is {loss!r}; expected cross_entropy or svm")
-        self.slide_label, self.k, self.share, self.subtyping = slide_label, k, share, subtyping
-        self.per_bag = slide_label.per_bag
+        self.k, self.share, self.subtyping = k, share, subtyping
         self.judges = nn.ModuleList(nn.Linear(hidden, 2) for _ in task.classes)
         self.loss = F.cross_entropy if loss == "cross_entropy" else smooth_top1_svm
+
+    @property
+    def slide_label(self) -> SlideLabel:
+        assert isinstance(self.inner, SlideLabel)
+        return self.inner
 
     def losses(self, model: nn.Module, batch: LabelledBags, progress: float) -> dict[str, Tensor]:
         output = model(batch.bags)

@@ -17,16 +17,15 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wsimil.batch import BagBatch, BagOutput, LabelledBags, Objective
 from wsimil.errors import ConfigError
+from wsimil.objectives.wrapping import Wrapping, listening
 
 __all__ = ["MaskedHardInstances", "hide_high", "hide_low"]
 
@@ -51,7 +50,7 @@ def hide_low(attention: Tensor, n_highest: int, ratio: float, *, generator: torc
     return rest[order[: math.floor(len(attention) * ratio)]]
 
 
-class MaskedHardInstances(Objective):
+class MaskedHardInstances(Wrapping):
     """The losses of `inner` on bags without their easiest tiles, and `consistency`: agreement with a teacher who sees all.
 
     Args:
@@ -79,13 +78,12 @@ class MaskedHardInstances(Objective):
         momentum: float = 0.9999,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(inner)
         for name, value in (("high", high), ("among", among), ("low", low), ("momentum", momentum)):
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name} = {value}; expected a number between 0 and 1")
         if not among or temperature <= 0:
             raise ConfigError(f"among = {among} and temperature = {temperature} must be positive")
-        self.inner, self.per_bag = inner, inner.per_bag
         self.high, self.among, self.low = high, among, low
         self.consistency, self.temperature, self.momentum, self.seed = consistency, temperature, momentum, seed
         self.register_buffer("step", torch.tensor(0))
@@ -93,20 +91,17 @@ class MaskedHardInstances(Objective):
         self.student: tuple[nn.Module, ...] = ()  # a tuple: the model is not the objective's state
 
     def prepare(self, model: nn.Module) -> None:
-        self.inner.prepare(model)
+        super().prepare(model)
         self.teacher = copy.deepcopy(model).requires_grad_(False)
         self.student = (model,)
 
     def losses(self, model: nn.Module, batch: LabelledBags, progress: float) -> dict[str, Tensor]:
         if not model.training:
             return self.inner.losses(model, batch, progress)
-        taught, heard = self._taught(batch.bags), []
+        taught = self._taught(batch.bags)
         seen = replace(batch, bags=_rows(batch.bags, self.kept(taught, batch.bags, progress)))
-        listening = model.register_forward_hook(lambda module, arguments, output: heard.append(output))
-        try:
+        with listening(model) as heard:
             losses = self.inner.losses(model, seen, progress)
-        finally:
-            listening.remove()
         if not self.consistency:
             return losses
         return losses | {"consistency": self.consistency * self._disagreement(heard[0], taught, batch.weights)}
@@ -148,7 +143,7 @@ class MaskedHardInstances(Objective):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        self.inner.after_step()
+        super().after_step()
         step = int(self.step)
         momentum = min(self.momentum, (1 + step) / (10 + step))
         (student,) = self.student
@@ -157,21 +152,6 @@ class MaskedHardInstances(Objective):
         for copied, value in zip(self.teacher.buffers(), student.buffers(), strict=True):
             copied.copy_(value)
         self.step += 1
-
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        return self.inner.param_groups(model)
-
-    def sampler(self, epoch: int) -> Iterable[int] | None:
-        return self.inner.sampler(epoch)
-
-    def on_epoch_start(self, epoch: int, infer: Callable[[], Iterable[tuple[Any, Any]]]) -> None:
-        self.inner.on_epoch_start(epoch, infer)
-
-    def after_backward(self) -> None:
-        self.inner.after_backward()
-
-    def kept_model(self, model: nn.Module) -> nn.Module:
-        return self.inner.kept_model(model)
 
 
 def _rows(bags: BagBatch, kept: Tensor) -> BagBatch:

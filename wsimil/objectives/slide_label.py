@@ -21,11 +21,20 @@ class SlideLabel(Objective):
 
     Args:
         order: epoch → order of the training slides (see `samplers`); None leaves it to the loop.
+        bag_weight, extra_weight: of the loss of the bag, and of all extra logits beside their own weights (DSMIL's paper: ½, ½).
     """
 
-    def __init__(self, task: Task, *, order: Callable[[int], Iterable[int]] | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        *,
+        order: Callable[[int], Iterable[int]] | None = None,
+        bag_weight: float = 1.0,
+        extra_weight: float = 1.0,
+    ) -> None:
         super().__init__()
         self.task, self.order = task, order
+        self.bag_weight, self.extra_weight = bag_weight, extra_weight
         self.bank = RiskBank() if task.compares_slides else None
         self.per_bag = self.bank is None
 
@@ -38,9 +47,10 @@ class SlideLabel(Objective):
     def losses_of(self, output: BagOutput, batch: LabelledBags) -> dict[str, Tensor]:
         """The same from an output that is there already: for objectives that wrap this one."""
         every = torch.arange(len(batch.targets), device=batch.targets.device)
-        parts = [("bag", self._loss(output.logits, batch, every))]
+        parts = [("bag", self.bag_weight * self._loss(output.logits, batch, every))]
         for extra in output.extra_logits:
-            parts.append((extra.name, extra.weight * self._loss(extra.logits, batch, extra.bag_index)))
+            weight = self.extra_weight * extra.weight
+            parts.append((extra.name, weight * self._loss(extra.logits, batch, extra.bag_index)))
         if self.bank is not None:
             self.bank.remember(output.logits[:, 0].detach(), batch.targets, batch.bags.slide_ids)
         losses: dict[str, Tensor] = {}

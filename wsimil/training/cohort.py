@@ -26,7 +26,7 @@ from wsimil.task import Task
 
 _FEW_ROWS = 4
 
-__all__ = ["Cohort", "prepare_cohort"]
+__all__ = ["Cohort", "check_not_seen", "prepare_cohort"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ class Cohort:
     labels: pd.DataFrame  # slide, slide_id, patient, site, label
     splits: pd.DataFrame
     task: Task
+
+    @property
+    def unlabelled(self) -> list[str]:
+        """Slides of splits that were given for which the table has an empty label: predicted where in test, never learned from."""
+        empty = set(self.labels.loc[self.labels["label"] == "", "slide_id"])
+        return sorted(empty & set(self.splits["slide_id"]))
 
 
 def prepare_cohort(
@@ -54,7 +60,7 @@ def prepare_cohort(
         LabelsError, SplitsError: what does not fit, by name.
     """
     labels_config, split_config = labels_config or LabelsConfig(), split_config or SplitConfig()
-    table = read_labels(labels, labels_config, group=split_config.group, site=split_config.site)
+    table = read_labels(labels, labels_config, group=split_config.group, site=split_config.site, test=split_config.test)
     known = {*bags.slide_ids, *slides_of_job(bags)}
     table = match_labels(table, known)
     task = infer_task(table["label"], labels_config)
@@ -74,6 +80,19 @@ def prepare_cohort(
         raise SplitsError(f"{splits}: {unknown[0]} is not a labelled slide ({len(unknown)} such rows)")
     _check_no_twins(bags, given)
     return Cohort(table, given, task)
+
+
+def check_not_seen(bags: BagFolder, splits: pd.DataFrame, folds: Iterable[int]) -> None:
+    """Raises SplitsError if a test slide of these folds was among those that its encoder was pretrained on, unless that was said."""
+    for fold in folds:
+        sides = splits[(splits["fold"] == fold) & (splits["split"] == "test")]
+        attributes = {name: bags.headers[name].attributes for name in sides["slide_id"] if name in bags.headers}
+        seen = [name for name, said in attributes.items() if said.get("encoder_saw_slide") and not said.get("encoder_transductive")]
+        if seen:
+            raise SplitsError(
+                f"fold {fold}: the encoder was pretrained on {len(seen)} of {len(sides)} test slides, {seen[0]} for one; pretrain it with "
+                f"--splits and --fold {fold}, or with --transductive, which says so in every result"
+            )
 
 
 def _check_no_twins(bags: BagFolder, splits: pd.DataFrame) -> None:

@@ -18,7 +18,7 @@ from wsimil.task import Task, survival_of
 __all__ = ["OBJECTIVES", "PREFERRED", "build_objective"]
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "slide_label": lambda slide_label, config: slide_label,
+    "slide_label": lambda slide_label, config, **weights: SlideLabel(slide_label.task, order=slide_label.order, **weights),
     "clam_instances": lambda slide_label, config, **options: ClamInstances(slide_label, config.hidden, **options),
     "mhim": lambda slide_label, config, **options: MaskedHardInstances(slide_label, seed=config.seed, **options),
     "attention_entropy": lambda slide_label, config, **options: AttentionEntropy(slide_label, **options),

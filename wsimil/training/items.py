@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from wsimil.bags.dataset import BagFolder
 from wsimil.batch import BagBatch, LabelledBags, pack
+from wsimil.training.ranks import ALONE, Ranks
 
 __all__ = ["LabelledSlides", "Steps", "TileStore", "free_bytes", "piece_tiles"]
 
@@ -190,6 +192,7 @@ class Steps:
         limit: of the pieces.
         shuffle_seed: another order every epoch, from this seed; None: always the order given.
         order: an objective's wish for an epoch's order, if it has one.
+        ranks: who share the steps; only this one's bags come, of some steps perhaps none.
     """
 
     def __init__(
@@ -201,13 +204,20 @@ class Steps:
         limit: int | None = None,
         shuffle_seed: int | None = None,
         order: Callable[[int], Iterable[int] | None] = lambda epoch: None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.slides, self.bags_per_step, self.tiles_per_step, self.limit = slides, bags_per_step, tiles_per_step, limit
-        self.shuffle_seed, self.order, self.epoch = shuffle_seed, order, 0
+        self.shuffle_seed, self.order, self.ranks, self.epoch = shuffle_seed, order, ranks, 0
         self.sampler, self.batch_sampler = self, None  # Lightning tells the epoch to a loader's sampler
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def whole(self) -> Steps:
+        """The same steps with the bags of all ranks."""
+        steps = copy.copy(self)
+        steps.ranks = ALONE
+        return steps
 
     def plan(self, epoch: int) -> list[list[int]]:
         """Which slides each step of an epoch holds."""
@@ -235,7 +245,8 @@ class Steps:
         plan, epoch = self.plan(self.epoch), self.epoch
 
         def prepare(step: list[int]) -> tuple[LabelledBags, ...]:
-            return self.slides.pieces(step, epoch, limit=self.limit)
+            mine = self.ranks.share([self.slides.n_tiles(index) for index in step])
+            return self.slides.pieces([step[place] for place in mine], epoch, limit=self.limit)
 
         if self.slides.store.keeps(self.slides.slide_ids):
             yield from map(prepare, plan)

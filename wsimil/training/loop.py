@@ -1,7 +1,7 @@
 """The loop: minimise an objective over a model, keep the epoch with the least validation loss, resume after a kill.
 
 - It knows models, objectives and batches by their contract alone: encoders are trained by the same loop.
-- A step may come in pieces; their gradients add up to the step's before the optimiser moves.
+- A step may come in pieces, and be shared by several processes; the gradients add up to the step's before the optimiser moves.
 - Matrices are multiplied in bfloat16 where the device is built for it; weights, sums and the optimiser stay in float32.
 """
 
@@ -19,16 +19,22 @@ from typing import Any
 
 import lightning
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wsimil.batch import LabelledBags, Objective
 from wsimil.config import TrainConfig
 from wsimil.errors import UsageError
-from wsimil.files import atomic_path
+from wsimil.files import atomic_path, hash_of
 from wsimil.training.dropout import quicken_dropout
 from wsimil.training.items import LabelledSlides, Steps, piece_tiles
+from wsimil.training.ranks import ALONE, Ranks
 
-__all__ = ["Fitted", "Loop", "cosine_factor", "fit", "resolve_precision"]
+__all__ = ["EPOCHS", "Fitted", "Loop", "fit", "learning_rate", "resolve_precision"]
+
+
+EPOCHS = "epochs"
+"""Folder with the weights of every epoch, where they are kept."""
 
 
 def resolve_precision(precision: str, device: str) -> str:
@@ -41,12 +47,13 @@ def resolve_precision(precision: str, device: str) -> str:
     return "bf16" if device == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")) else "fp32"
 
 
-def cosine_factor(step: int, total_steps: int) -> float:
-    """Share of the learning rate at a step: a twentieth of linear warm-up, then half a cosine to zero."""
-    warm_up = max(1, total_steps // 20)
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """At a step: linear warm-up, then half a cosine from `lr` to `min_lr`."""
+    warm_up = max(1, int(config.warm_up * total_steps)) if config.warm_up else 0
     if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, total_steps - warm_up))))
+        return config.lr * (step + 1) / warm_up
+    share = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, total_steps - warm_up))))
+    return config.min_lr + (config.lr - config.min_lr) * share
 
 
 class Loop(lightning.LightningModule):
@@ -57,33 +64,29 @@ class Loop(lightning.LightningModule):
     Args:
         model: what is trained.
         objective: what is minimised.
-        lr, weight_decay: of AdamW.
-        total_steps: length of the cosine from `lr` to zero, after a twentieth of linear warm-up.
-        patience: epochs without a better validation loss after which to stop.
-        select: "val_loss" keeps the epoch with the least, "last" the last; then there is no patience.
-        clip_norm: gradients longer than this are shortened to it; 0: none.
+        config: optimiser and schedule, `select` and `patience`, `clip_norm`.
+        total_steps: length of the schedule.
         precision: "fp32" or "bf16", of matrix products.
+        ranks: who share its steps.
+        keep: folder for the weights of every epoch, `<epoch>.safetensors`; None: only the best are kept.
     """
 
     def __init__(
         self,
         model: nn.Module,
         objective: Objective,
+        config: TrainConfig,
         *,
-        lr: float,
-        weight_decay: float,
         total_steps: int,
-        patience: int,
-        select: str = "val_loss",
-        clip_norm: float = 0.0,
         precision: str = "fp32",
+        ranks: Ranks = ALONE,
+        keep: Path | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # a step has several backward passes, one per piece
-        self.model, self.objective = model, objective
-        self.lr, self.weight_decay = lr, weight_decay
-        self.total_steps, self.patience = total_steps, patience
-        self.select, self.clip_norm, self.precision = select, clip_norm, precision
+        self.model, self.objective, self.config = model, objective, config
+        self.total_steps, self.precision, self.keep = total_steps, precision, keep
+        self.ranks, self.seed = ranks, torch.initial_seed()
         self.history: list[dict[str, float]] = []
         self.best_state: dict[str, Tensor] = {}
         self.best_epoch = -1
@@ -94,22 +97,32 @@ class Loop(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         groups = self.objective.param_groups(self.model)
         fused = self.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_factor(step, self.total_steps))
+        config, kind = self.config, torch.optim.AdamW if self.config.optimizer == "adamw" else torch.optim.Adam
+        one, two = config.betas
+        optimizer = kind(groups, lr=config.lr, betas=(one, two), weight_decay=config.weight_decay, fused=fused)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate(config, step, self.total_steps) / config.lr
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @property
     def progress(self) -> float:
         return min(1.0, self.global_step / self.total_steps)
 
+    def on_train_start(self) -> None:
+        self.ranks.begin_alike([*self.parameters(), *self.buffers()])
+
     def on_train_epoch_start(self) -> None:
+        if self.ranks.count > 1:  # coins of their own for the ranks, and the same again in a run that goes on
+            torch.manual_seed(int(hash_of([self.seed, self.current_epoch, self.ranks.rank])[:8], 16))
         self.objective.on_epoch_start(self.current_epoch, self._infer)
 
     @torch.no_grad()
     def _infer(self) -> Iterator[tuple[Any, Any]]:
         """Every training batch and what the model, as it is, says of it."""
         self.model.eval()
-        for batch in self.trainer.train_dataloader or ():
+        steps: Any = self.trainer.train_dataloader or ()
+        for batch in steps.whole() if isinstance(steps, Steps) else steps:
             for piece in _pieces(self.transfer_batch_to_device(batch, self.device, 0)):
                 yield piece, self.model(piece.bags if isinstance(piece, LabelledBags) else piece)
         self.model.train()
@@ -128,11 +141,11 @@ class Loop(lightning.LightningModule):
             loss = self._loss(piece) * (_items(piece) / n_items)
             self.manual_backward(loss)
             step_loss += loss.detach()
-        self._train_losses.append(step_loss)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._train_losses.append(self.ranks.combine(parameters, step_loss, n_items))
         self.objective.after_backward()
-        if self.clip_norm:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         optimizer.step()
         schedule.step()
         self.objective.after_step()
@@ -146,18 +159,23 @@ class Loop(lightning.LightningModule):
             return
         items = sum(count for _, count in self._val_losses)
         # read off the device once an epoch: asking after every step would make a GPU wait
-        val_loss = sum(float(loss) * count for loss, count in self._val_losses) / max(1, items)
+        val_loss = self.ranks.mean(sum(float(loss) * count for loss, count in self._val_losses), items, self.device)
         train_loss = sum(map(float, self._train_losses)) / max(1, len(self._train_losses))
         self._val_losses, self._train_losses = [], []
         if not math.isfinite(val_loss):
             raise UsageError(f"validation loss is {val_loss} in epoch {self.current_epoch}; lower --lr")
         best = min((row["val_loss"] for row in self.history), default=math.inf)
-        if val_loss < best or self.select == "last":
-            self.best_epoch = self.current_epoch
+        better = val_loss < best or self.config.select == "last"
+        if better or self.keep is not None:
             kept = self.objective.kept_model(self.model).state_dict()
-            self.best_state = {name: value.detach().cpu().clone() for name, value in kept.items()}
+            state = {name: value.detach().cpu().clone() for name, value in kept.items()}
+            if better:
+                self.best_epoch, self.best_state = self.current_epoch, state
+            if self.keep is not None:
+                with atomic_path(self.keep / f"{self.current_epoch}.safetensors") as temporary:
+                    save_file(state, temporary)
         self.history.append({"epoch": self.current_epoch, "train_loss": train_loss, "val_loss": val_loss})
-        if self.current_epoch - self.best_epoch >= self.patience:
+        if self.current_epoch - self.best_epoch >= self.config.patience:
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -166,12 +184,15 @@ class Loop(lightning.LightningModule):
             "best_state": self.best_state,
             "best_epoch": self.best_epoch,
             "rng": torch.get_rng_state(),
+            "cuda": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint["wsimil"]
         self.history, self.best_state, self.best_epoch = kept["history"], kept["best_state"], kept["best_epoch"]
         torch.set_rng_state(kept["rng"])
+        for state in kept.get("cuda", []) if self.device.type == "cuda" else []:  # dropout on a GPU is tossed there
+            torch.cuda.set_rng_state(state.cpu(), self.device)
 
 
 def _pieces(batch: Any) -> Sequence[Any]:
@@ -214,8 +235,9 @@ def fit(
     config: TrainConfig,
     *,
     device: str = "cpu",
+    ranks: Ranks = ALONE,
 ) -> Fitted:
-    """Train in a run folder, going on from its `last.ckpt` if there is one."""
+    """Train in a run folder, going on from its `last.ckpt` if there is one. Of several ranks the first writes there."""
     limit = piece_tiles(device) if objective.per_bag else None
     steps = Steps(
         train,
@@ -224,19 +246,18 @@ def fit(
         limit=limit,
         shuffle_seed=config.seed,
         order=objective.sampler,
+        ranks=ranks,
     )
     # an objective that is a mean over something else than bags (events) is added up bag by bag
     val_bags = config.bags_per_step if objective.per_bag else 1
     loop = Loop(
         model,
         objective,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
+        config,
         total_steps=sum(len(steps.plan(epoch)) for epoch in range(config.epochs)),
-        patience=config.patience,
-        select=config.select,
-        clip_norm=config.clip_norm,
         precision=resolve_precision(config.precision, device),
+        ranks=ranks,
+        keep=run / EPOCHS if config.keep_epochs and ranks.rank == 0 else None,
     )
     if device == "cpu":
         quicken_dropout(model)
@@ -254,12 +275,12 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            callbacks=[_LastCheckpoint(last)],
+            callbacks=[_LastCheckpoint(last)] if ranks.rank == 0 else [],
         )
         trainer.fit(
             loop,
             steps,
-            Steps(val, bags_per_step=val_bags, limit=limit),
+            Steps(val, bags_per_step=val_bags, limit=limit, ranks=ranks),
             ckpt_path=str(last) if last.exists() else None,
             weights_only=True,
         )

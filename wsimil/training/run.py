@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -24,11 +26,12 @@ from wsimil.evaluation.calibration import calibrate
 from wsimil.extraction.extract import resolve_device
 from wsimil.files import atomic_path, hash_of, read_json, write_json
 from wsimil.task import Task
-from wsimil.training.cohort import Cohort, prepare_cohort
+from wsimil.training.cohort import Cohort, check_not_seen, prepare_cohort
 from wsimil.training.goals import build_objective
 from wsimil.training.items import LabelledSlides, TileStore, free_bytes
-from wsimil.training.loop import Fitted, fit, resolve_precision
+from wsimil.training.loop import EPOCHS, Fitted, fit, resolve_precision
 from wsimil.training.model import MODEL_FORMAT, build_aggregator
+from wsimil.training.ranks import ALONE, Ranks, devices_of, run_ranks
 from wsimil.training.stacked import Member, fit_stacked, unstackable
 
 __all__ = ["train"]
@@ -36,8 +39,8 @@ __all__ = ["train"]
 _SECTIONS = ["filter", "labels", "split", "train"]
 """What a run depends on, and keeps in its config.yaml."""
 
-_CHANGES_NOTHING = ("device", "memory_gb")
-"""Settings that weights are no function of."""
+_CHANGES_NOTHING = ("device", "devices", "memory_gb")
+"""Settings that weights are no function of, up to rounding and the coins of dropout."""
 
 
 def train(
@@ -58,14 +61,20 @@ def train(
         out: folder of the run: `splits.csv`, `labels.csv` and a `fold<k>-seed<s>` folder each.
         splits: folds; made (5, by patient) and written to `out` if not given.
 
+    With `settings.train.devices` above 1, call it below `if __name__ == "__main__":`, for Python starts processes anew.
+
     Returns:
         The run folders.
     """
     settings, out = settings or Settings(), Path(out)
     config = settings.train
     bag_folder = BagFolder(bags, filter=settings.filter, cache_bytes=0)  # the store below keeps what is kept
+    for remark in bag_folder.remarks:
+        say(remark)
     cohort = prepare_cohort(bag_folder, labels, splits=splits, labels_config=settings.labels, split_config=settings.split)
     say(cohort.task.describe(cohort.labels["label"].tolist()))
+    if cohort.unlabelled:
+        say(f"{_some(cohort.unlabelled)}: in the splits without a label; nothing is learned from them")
     if settings.filter != NO_FILTER:
         say(_describe_filter(bag_folder))
     folds = sorted(cohort.splits["fold"].unique().tolist())
@@ -73,6 +82,7 @@ def train(
         if int(config.fold) not in folds:
             raise UsageError(f"--fold {config.fold}: the splits have folds {', '.join(map(str, folds))}")
         folds = [int(config.fold)]
+    check_not_seen(bag_folder, cohort.splits, folds)
     out.mkdir(parents=True, exist_ok=True)
     write_splits(out / "splits.csv", cohort.splits)
     with atomic_path(out / "labels.csv") as temporary:
@@ -86,11 +96,12 @@ def train(
         for fold in folds
         for seed in seeds
     ]
-    store = _store(bag_folder, plans, config, device)
     if _are_stacked(plans, config, device):
-        lines = _train_stacked(out, plans, store, cohort, settings, device)
+        lines = _train_stacked(out, plans, _store(bag_folder, plans, config, device), cohort, settings, device)
+    elif config.devices > 1:
+        lines = _train_shared(plans, bag_folder, cohort, settings, device)
     else:
-        lines = (_train_one(plan, store, cohort, settings, device) for plan in plans)
+        lines = _train_each(ALONE, device, plans, bag_folder, cohort, settings)
     for line in lines:
         if not quiet:
             say(line)
@@ -100,8 +111,12 @@ def train(
 def _describe_filter(bags: BagFolder) -> str:
     kept, stored = sum(map(bags.n_valid, bags.slide_ids)), sum(header.n_tiles for header in bags.headers.values())
     bare = [slide_id for slide_id in bags.slide_ids if bags.headers[slide_id].n_tiles and not bags.n_valid(slide_id)]
-    left = f"; none of {', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}" if bare else ""
+    left = f"; none of {_some(bare)}" if bare else ""
     return f"filter: {kept} of {stored} tiles are kept{left}"
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
 
 
 @dataclass(frozen=True)
@@ -117,16 +132,17 @@ class _Plan:
     targets: dict[str, Tensor]
     weights: dict[str, Tensor | None]
     key: str  # hash of everything the weights are a function of
+    stack: int = 1  # models trained as one program with it
 
 
 def _plan(out: Path, bags: BagFolder, cohort: Cohort, fold: int, config: TrainConfig) -> _Plan:
     sides = cohort.splits.query("fold == @fold and split != 'test'")
     text = dict(zip(cohort.labels["slide_id"].tolist(), cohort.labels["label"].tolist(), strict=True))
-    usable = set(bags.filled)
+    usable = {name for name in bags.filled if text.get(name)}
     ids = {side: [name for name in sides.loc[sides["split"] == side, "slide_id"] if name in usable] for side in ("train", "val")}
     for side, members in ids.items():
         if not members:
-            raise SplitsError(f"fold {fold}: no {side} slide has a bag with tiles")
+            raise SplitsError(f"fold {fold}: no {side} slide has a label and a bag with tiles")
     labels = {side: [text[name] for name in members] for side, members in ids.items()}
     task = cohort.task.fitted(labels["train"], config, validation=labels["val"])
     targets = {side: task.encode(members) for side, members in labels.items()}
@@ -144,20 +160,21 @@ def _plan(out: Path, bags: BagFolder, cohort: Cohort, fold: int, config: TrainCo
     return _Plan(out / f"fold{fold}-seed{config.seed}", fold, config, task, ids, labels, targets, weights, key)
 
 
-def _store(bags: BagFolder, plans: list[_Plan], config: TrainConfig, device: str) -> TileStore:
-    """On the GPU if all slides fit there beside the work, else in memory as far as it goes."""
+def _store(bags: BagFolder, plans: list[_Plan], config: TrainConfig, device: str, *, sharers: int = 1) -> TileStore:
+    """On the GPU if all slides fit there beside the work, else in this process's share of the memory, as far as it goes."""
     wanted = sorted({name for plan in plans for members in plan.ids.values() for name in members})
     if device.startswith("cuda"):
         store = TileStore(bags, memory_bytes=free_bytes(device), device=device)
         if store.keeps(wanted):
             return store
-    return TileStore(bags, memory_bytes=int(config.memory_gb * 1e9) or free_bytes())
+    return TileStore(bags, memory_bytes=(int(config.memory_gb * 1e9) or free_bytes()) // sharers)
 
 
 def _are_stacked(plans: list[_Plan], config: TrainConfig, device: str) -> bool:
-    if config.stack == "off" or (config.stack == "auto" and (len(plans) < 2 or not device.startswith("cuda"))):
+    worth = len(plans) > 1 and device.startswith("cuda") and config.devices == 1
+    if config.stack == "off" or (config.stack == "auto" and not worth):
         return False
-    reason = unstackable(config, [plan.task for plan in plans])
+    reason = "a stack trains on one device" if config.devices > 1 else unstackable(config, [plan.task for plan in plans])
     if reason and config.stack == "on":
         raise UsageError(f"--stack on: {reason}; train one after the other with --stack off")
     return reason is None
@@ -168,7 +185,7 @@ def _train_stacked(
 ) -> Iterator[str]:
     """Train all as one program, or find all trained; a line about each."""
     together = hash_of([plan.key for plan in plans])  # the order of slides follows from all of them
-    plans = [replace(plan, key=hash_of([plan.key, together])) for plan in plans]
+    plans = [replace(plan, key=hash_of([plan.key, together]), stack=len(plans)) for plan in plans]
     found = [_finished(plan) for plan in plans]
     if all(found):
         yield from (_already(plan, done) for plan, done in zip(plans, found, strict=True) if done)
@@ -192,23 +209,50 @@ def _already(plan: _Plan, done: dict[str, Any]) -> str:
     return f"{plan.folder.name}: already trained (epoch {done['best_epoch']}, validation loss {done['val_loss']:.3f})"
 
 
-def _train_one(plan: _Plan, store: TileStore, cohort: Cohort, settings: Settings, device: str) -> str:
-    """Train, or find trained, one model; a line about it."""
-    if (done := _finished(plan)) is not None:
-        return _already(plan, done)
-    _begin(plan, settings)
-    config, slides = plan.config, _slides(plan, store)
-    with torch.random.fork_rng(devices=[]):
-        model = _fresh_model(plan, store)
-        objective = build_objective(config, plan.task, plan.labels["train"])
-        fitted = fit(plan.folder, model, objective, slides["train"], slides["val"], config, device=device)
-    return _finish(plan, store, cohort, fitted, device)
+def _train_each(
+    ranks: Ranks, device: str, plans: list[_Plan], bags: BagFolder, cohort: Cohort, settings: Settings
+) -> Iterator[str]:
+    """Train, or find trained, one model after the other; a line about each."""
+    store = _store(bags, plans, settings.train, device, sharers=ranks.count)
+    for plan in plans:
+        if ranks.count == 1:  # of several, the run has seen to it
+            if (done := _finished(plan)) is not None:
+                yield _already(plan, done)
+                continue
+            _begin(plan, settings)
+        config, slides = plan.config, _slides(plan, store)
+        with torch.random.fork_rng(devices=[]):
+            model = _fresh_model(plan, store, ranks)
+            objective = build_objective(config, plan.task, plan.labels["train"])
+            fitted = fit(plan.folder, model, objective, slides["train"], slides["val"], config, device=device, ranks=ranks)
+        yield _finish(plan, store, cohort, fitted, device) if ranks.rank == 0 else ""
+
+
+def _train_shared(plans: list[_Plan], bags: BagFolder, cohort: Cohort, settings: Settings, device: str) -> Iterator[str]:
+    """The same on several devices; what is finished, and what a new run does away with, is seen to before they start."""
+    config = settings.train
+    devices = devices_of(device, config.devices)
+    if not build_objective(config, plans[0].task, plans[0].labels["train"]).per_bag:
+        raise UsageError(
+            f"--devices {config.devices}: loss {plans[0].task.criterion} compares the slides of a step with each other, "
+            "so no step can be shared; train with --devices 1"
+        )
+    waiting = []
+    for plan in plans:
+        if (done := _finished(plan)) is not None:
+            yield _already(plan, done)
+        else:
+            _begin(plan, settings)
+            waiting.append(plan)
+    if waiting:
+        yield from run_ranks(devices, _train_each, waiting, bags, cohort, settings)
 
 
 def _begin(plan: _Plan, settings: Settings) -> None:
     key = plan.folder / "key.txt"
     if key.exists() and key.read_text() != plan.key:
         (plan.folder / "last.ckpt").unlink(missing_ok=True)  # of other settings or data
+        shutil.rmtree(plan.folder / EPOCHS, ignore_errors=True)
     plan.folder.mkdir(parents=True, exist_ok=True)
     key.write_text(plan.key)
     save_settings(plan.folder / "config.yaml", replace(settings, train=plan.config), _SECTIONS)
@@ -235,11 +279,11 @@ def _content(plan: _Plan, bags: BagFolder) -> dict[str, Any]:
     }
 
 
-def _fresh_model(plan: _Plan, store: TileStore) -> Standardized:
-    """The model before its first step, a function of fold and seed."""
+def _fresh_model(plan: _Plan, store: TileStore, ranks: Ranks = ALONE) -> Standardized:
+    """The model before its first step, a function of fold and seed. Ranks begin as the first, which alone reads all features."""
     torch.manual_seed(int(hash_of([plan.fold, plan.config.seed])[:8], 16))
     inner = build_aggregator(_content(plan, store.bags), plan.task)
-    return Standardized(inner, *(store.moments(plan.ids["train"]) if plan.config.standardize else (None, None)))
+    return Standardized(inner, *(store.moments(plan.ids["train"]) if plan.config.standardize and not ranks.rank else (None, None)))
 
 
 def _finish(plan: _Plan, store: TileStore, cohort: Cohort, fitted: Fitted, device: str) -> str:
@@ -260,34 +304,51 @@ def _finish(plan: _Plan, store: TileStore, cohort: Cohort, fitted: Fitted, devic
         )
     with atomic_path(plan.folder / "model.safetensors") as temporary:
         save_file({name: value.contiguous() for name, value in fitted.best_state.items()}, temporary)
-    write_json(
-        plan.folder / "model.json",
-        {
-            "format": "wsimil-model",
-            "format_version": MODEL_FORMAT,
-            **_content(plan, bags),
-            "task": task.to_json(),
-            "threshold": threshold,
-            "temperature": temperature,
-            "encoder": {"name": encoder, "sha256": sha256},
-            "effective_mpp": _number(header.get("effective_mpp")),
-            "tile_px": _number(header.get("tile_px")),
-            "filter": asdict(bags.filter),
-            "fold": plan.fold,
-            "seed": config.seed,
-            "splits_hash": splits_hash(cohort.splits),
-            "best_epoch": fitted.best_epoch,
-            "epochs": len(fitted.history),
-            "val_loss": val_loss,
-            "n_train": len(plan.ids["train"]),
-            "n_val": len(plan.ids["val"]),
-            "precision": resolve_precision(config.precision, device),
-            "config": asdict(config),
-            "versions": {name: version(name) for name in ("wsimil", "torch", "lightning")},
-            "key": plan.key,
-        },
-    )
+    content = {
+        "format": "wsimil-model",
+        "format_version": MODEL_FORMAT,
+        **_content(plan, bags),
+        "task": task.to_json(),
+        "threshold": threshold,
+        "temperature": temperature,
+        "encoder": {"name": encoder, "sha256": sha256},
+        "effective_mpp": _number(header.get("effective_mpp")),
+        "tile_px": _number(header.get("tile_px")),
+        "filter": asdict(bags.filter),
+        "fold": plan.fold,
+        "seed": config.seed,
+        "splits_hash": splits_hash(cohort.splits),
+        "best_epoch": fitted.best_epoch,
+        "epochs": len(fitted.history),
+        "val_loss": val_loss,
+        "n_train": len(plan.ids["train"]),
+        "n_val": len(plan.ids["val"]),
+        "precision": resolve_precision(config.precision, device),
+        "stack": plan.stack,
+        "config": asdict(config),
+        "versions": {name: version(name) for name in ("wsimil", "torch", "lightning")},
+        "key": plan.key,
+    }
+    _publish_epochs(plan, content)
+    write_json(plan.folder / "model.json", content)  # last: it says that all is there
     return f"{plan.folder.name}: epoch {fitted.best_epoch} of {len(fitted.history)}, validation loss {val_loss:.3f}"
+
+
+def _publish_epochs(plan: _Plan, content: dict[str, Any]) -> None:
+    """Make runs of the epochs that were kept: `epochs/<epoch>/fold<k>-seed<s>/` beside the folds, with nothing calibrated."""
+    for old in plan.folder.parent.glob(f"{EPOCHS}/*/{plan.folder.name}"):  # of the model that this one replaces
+        shutil.rmtree(old)
+    for weights in sorted((plan.folder / EPOCHS).glob("*.safetensors")):
+        run = plan.folder.parent / EPOCHS / f"{int(weights.stem):03d}"
+        own = run / plan.folder.name
+        own.mkdir(parents=True, exist_ok=True)
+        for table in ("splits.csv", "labels.csv"):
+            shutil.copyfile(plan.folder.parent / table, run / table)
+        os.replace(weights, own / "model.safetensors")
+        threshold = None if content["threshold"] is None else 0.5
+        write_json(own / "model.json", content | {"best_epoch": int(weights.stem), "threshold": threshold, "temperature": 1.0})
+    if (plan.folder / EPOCHS).is_dir():
+        (plan.folder / EPOCHS).rmdir()
 
 
 def _number(value: Any) -> float | None:

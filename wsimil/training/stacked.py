@@ -28,7 +28,7 @@ from wsimil.errors import UsageError
 from wsimil.files import atomic_path
 from wsimil.task import Task
 from wsimil.training.items import LabelledSlides, Steps, TileStore, piece_tiles
-from wsimil.training.loop import Fitted, cosine_factor, resolve_precision
+from wsimil.training.loop import Fitted, learning_rate, resolve_precision
 
 __all__ = ["STACKABLE", "Member", "fit_stacked", "unstackable"]
 
@@ -42,7 +42,7 @@ STACKABLE = {
 }
 """Aggregator → its one layer that reads the features."""
 
-_BETAS, _EPS = (0.9, 0.999), 1e-8  # torch's AdamW
+_EPS = 1e-8  # torch's AdamW
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ def unstackable(config: TrainConfig, tasks: Sequence[Task]) -> str | None:
         return f"{config.aggregator} is none of {', '.join(STACKABLE)}"
     if config.objective not in ("auto", "slide_label"):
         return f"objective {config.objective} is not the slides' labels alone"
+    if config.optimizer != "adamw" or config.objective_options or config.keep_epochs:
+        return "optimizer, objective_options or keep_epochs are set"
     if config.sampling != "shuffle":
         return f"sampling {config.sampling} orders the slides of each fold by itself"
     if any(task.compares_slides for task in tasks):
@@ -120,7 +122,7 @@ def fit_stacked(
         steps.set_epoch(epoch)
         for pieces in steps:
             pieces = [(piece.bags.to(device), piece.targets.to(device)) for piece in pieces]
-            stack.step(pieces, config.lr * cosine_factor(step, total_steps))
+            stack.step(pieces, learning_rate(config, step, total_steps))
             step += 1
         stack.validate(Steps(slides["val"], bags_per_step=config.bags_per_step, limit=limit), epoch)
         done = epoch + 1 == config.epochs or not stack.running.any()
@@ -207,11 +209,12 @@ class _Stack:
                 gradient.mul_(_like(shorten, gradient))
         self.n_steps += active
         taken = self.n_steps.clamp(min=1)
+        fast, slow = self.config.betas
         for name, gradient in gradients.items():
             value, (first, second) = self.params[name], self.moments[name]
-            moves, one, two = (_like(part, value) for part in (active, 1 - _BETAS[0] ** taken, 1 - _BETAS[1] ** taken))
-            first.copy_(torch.where(moves, first.lerp(gradient, 1 - _BETAS[0]), first))
-            second.copy_(torch.where(moves, second * _BETAS[1] + (1 - _BETAS[1]) * gradient.square(), second))
+            moves, one, two = (_like(part, value) for part in (active, 1 - fast ** taken, 1 - slow ** taken))
+            first.copy_(torch.where(moves, first.lerp(gradient, 1 - fast), first))
+            second.copy_(torch.where(moves, second * slow + (1 - slow) * gradient.square(), second))
             length = (second / two.to(second.dtype)).sqrt_().add_(_EPS)
             moved = value * (1 - lr * self.config.weight_decay) - lr * (first / one.to(first.dtype)) / length
             value.copy_(torch.where(moves, moved, value))

@@ -1,0 +1,24 @@
+"""The slides' loss: what counts, and how much."""
+
+from __future__ import annotations
+
+import torch
+
+from wsimil.batch import BagBatch, BagOutput, ExtraLogits, LabelledBags
+from wsimil.objectives import SlideLabel
+from wsimil.task import Task
+
+TASK = Task("binary", ("0", "1"))
+
+
+def test_weights_scale_the_bag_and_the_extra_logits_each_by_itself() -> None:
+    bags = BagBatch(torch.zeros(3, 2), torch.tensor([0, 2, 3]))
+    batch = LabelledBags(bags, TASK.encode(["0", "1"]))
+    extra = ExtraLogits("top", torch.tensor([[2.0], [-1.0]]), torch.arange(2), weight=0.4)
+    output = BagOutput(torch.tensor([[0.3], [0.7]]), extra_logits=(extra,), penalties={"spread": torch.tensor(0.1)})
+    plain = SlideLabel(TASK).losses_of(output, batch)
+    halved = SlideLabel(TASK, bag_weight=0.5, extra_weight=0.25).losses_of(output, batch)
+    torch.testing.assert_close(plain["top"], 0.4 * TASK.loss(extra.logits, batch.targets, None))
+    torch.testing.assert_close(halved["bag"], 0.5 * plain["bag"])
+    torch.testing.assert_close(halved["top"], 0.25 * plain["top"])
+    assert halved["spread"] == plain["spread"]  # the aggregator's own weight
