@@ -2,15 +2,12 @@
 
 - A stage says what readers do for a slide and what becomes of the pixels; the order of work is decided here, once for all stages.
 - The next slides are prepared while pixels of the last ones are still on their way: nothing waits between slides.
-- A slide that another run has claimed is left to it and looked at again at the end.
-- A folder that can hold no more (disk full, read-only) stops the run at once: the hours after it would be lost.
+- Where slides come from is not known here: a desk hands them out.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import sys
 import time
 import traceback
@@ -25,17 +22,16 @@ import numpy as np
 
 from wsimil.config import JobConfig
 from wsimil.errors import SlideError, SlideStuckError, StaleBagError, WsimilError
-from wsimil.extraction.claims import TTL_S, Claims
+from wsimil.extraction.claims import Claims
+from wsimil.extraction.desk import BookedDesk, Desk, no_more_room
 from wsimil.extraction.job import Books, Job, Row
 from wsimil.extraction.pool import Call, Done, Failed, Filled, ReaderCrash, ReaderPool, Remark, reader_count
+from wsimil.extraction.staging import staged
 from wsimil.files import write_text
 from wsimil.progress import progress
 from wsimil.slides.cohort import SlideFile
 
-__all__ = ["Stage", "run_slides"]
-
-NO_MORE_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_LOOK_AGAIN_S = 1.0
+__all__ = ["Stage", "run_slides", "work_here"]
 
 
 class Stage(ABC):
@@ -47,6 +43,10 @@ class Stage(ABC):
     name: str
     request: Mapping[str, Any]
     """The settings that results depend on: a failure is remembered for them and the slide's content."""
+    device: str = "cpu"
+    """What it was asked to compute on: auto, cpu, cuda …"""
+    readers: int = 1
+    """How many processes read for it."""
 
     @abstractmethod
     def first_call(self, file: SlideFile) -> tuple[str, tuple]:
@@ -77,6 +77,10 @@ class Stage(ABC):
     def remember(self, file: SlideFile, error: SlideError) -> None:  # noqa: B027
         """The slide failed by its own fault, after its first call."""
 
+    def reads_much(self, file: SlideFile) -> bool:
+        """Whether most of the file may be read: only then is it worth a copy on a faster disk."""
+        return False
+
 
 @dataclass
 class _Started:
@@ -104,18 +108,7 @@ def run_slides(
     try:
         return _run_slides(job, slides, stage, config, tile_bytes, quiet)
     except OSError as error:
-        raise (_no_more_room(job, error) or error) from error
-
-
-def _no_more_room(job: Job, error: Exception) -> WsimilError | None:
-    """The end of a run whose folder can hold no more; None for any other error."""
-    code = getattr(error, "errno", None)
-    if code not in NO_MORE_SPACE:
-        return None
-    way_out = (
-        "choose another --out" if code == errno.EROFS else "make room and run the same command again: it goes on where it stopped"
-    )
-    return WsimilError(f"{job.folder}: {os.strerror(code)}: nothing more can be written there; {way_out}")
+        raise (no_more_room(job, error) or error) from error
 
 
 def _run_slides(job: Job, slides: list[SlideFile], stage: Stage, config: JobConfig, tile_bytes: int, quiet: bool) -> list[Row]:
@@ -125,13 +118,14 @@ def _run_slides(job: Job, slides: list[SlideFile], stage: Stage, config: JobConf
     books.leave_to_others([slide for position, slide in enumerate(slides) if position % shard[1] != shard[0] - 1], shard)
     bar = progress(mine, stage.name, unit="slide", quiet=quiet)
     try:
-        count = min(reader_count(config.workers), 4 * len(mine))
-        with (
-            Claims(job.claims) as claims,
-            ReaderPool(count, timeout=config.read_timeout, tile_bytes=tile_bytes) as pool,
-        ):
-            run = _Run(job, stage, books, claims, pool, deque(mine), bar, partial(_say, bar, quiet))
-            run.work()
+        with Claims(job.claims) as claims:
+            desk = BookedDesk(job, mine, claims, books, bar, partial(_say, bar, quiet))
+            if config.engine == "ray":
+                from wsimil.extraction.ray_engine import work_on_ray  # late: it needs this module
+
+                work_on_ray(desk, job, stage, config, tile_bytes=tile_bytes)
+            else:
+                work_here(desk, job, stage, config, count=min(reader_count(config.workers), 4 * len(mine)), tile_bytes=tile_bytes)
     except BaseException:
         with contextlib.suppress(OSError):  # what went wrong first is what is told
             books.close()
@@ -139,7 +133,17 @@ def _run_slides(job: Job, slides: list[SlideFile], stage: Stage, config: JobConf
     finally:
         bar.close()
     books.close()
-    return [run.rows[slide.slide_id] for slide in mine]
+    return [desk.rows[slide.slide_id] for slide in mine]
+
+
+def work_here(desk: Desk, job: Job, stage: Stage, config: JobConfig, *, count: int, tile_bytes: int) -> None:
+    """Work on the slides of a desk with `count` readers on this machine until it is over."""
+    stage.readers = count
+    with (
+        staged(desk, stage.reads_much, config) as nearer,
+        ReaderPool(count, timeout=config.read_timeout, tile_bytes=tile_bytes) as pool,
+    ):
+        _Work(job, stage, nearer, pool).work()
 
 
 def _say(bar: Any, quiet: bool, text: str) -> None:
@@ -149,30 +153,16 @@ def _say(bar: Any, quiet: bool, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-class _Run:
-    def __init__(
-        self,
-        job: Job,
-        stage: Stage,
-        books: Books,
-        claims: Claims,
-        pool: ReaderPool,
-        waiting: deque[SlideFile],
-        bar: Any,
-        say: Callable[[str], None],
-    ) -> None:
-        self._job, self._stage, self._books, self._claims, self._pool = job, stage, books, claims, pool
-        self._bar, self._say = bar, say
-        self._waiting = waiting
-        self._elsewhere: deque[SlideFile] = deque()  # claimed by other runs
-        self._told = False
+class _Work:
+    """Slides of a desk through the readers of this machine and a stage."""
+
+    def __init__(self, job: Job, stage: Stage, desk: Desk, pool: ReaderPool) -> None:
+        self._job, self._stage, self._desk, self._pool = job, stage, desk, pool
         self._reading: deque[Call] = deque()  # pixels to read, in the order of the slides
         self._open: dict[str, _Started] = {}
-        self._n_tiles, self._since = 0, time.monotonic()
-        self.rows: dict[str, Row] = {}
 
     def work(self) -> None:
-        while self._waiting or self._elsewhere or self._open:
+        while self._open or not self._desk.over:
             self._feed()
             if self._pool.busy:
                 event = self._pool.next(1.0)
@@ -180,8 +170,8 @@ class _Run:
                     self._take(event)
             elif self._open:  # everything is read; what is missing lies in a batch that no more pixels will fill
                 self._stage.flush()
-            elif self._elsewhere:
-                self._wait_for_others()
+            elif not self._desk.over:
+                self._desk.wait()
             for file in self._stage.ready():
                 slide = self._open[file.slide_id]
                 self._guarded(slide, lambda slide=slide: self._finish(self._stage.end(slide.file)))
@@ -191,26 +181,11 @@ class _Run:
         while self._pool.has_idle:
             if self._reading:
                 self._pool.start(self._reading.popleft())
-            elif self._waiting:
-                file = self._waiting.popleft()
-                if self._claims.take(file.slide_id):
-                    self._open[file.slide_id] = _Started(file, time.monotonic())
-                    self._pool.start(Call(file.slide_id, *self._stage.first_call(file)))
-                else:
-                    self._elsewhere.append(file)
+            elif (file := self._desk.next()) is not None:
+                self._open[file.slide_id] = _Started(file, time.monotonic())
+                self._pool.start(Call(file.slide_id, *self._stage.first_call(file)))
             else:
                 break
-
-    def _wait_for_others(self) -> None:
-        if not self._told:
-            first = self._elsewhere[0].slide_id
-            self._say(
-                f"{len(self._elsewhere)} slides are in work by {self._claims.holder(first)}; waiting for it "
-                f"(a run that died elsewhere is noticed after {TTL_S:.0f} s)"
-            )
-            self._told = True
-        time.sleep(_LOOK_AGAIN_S)
-        self._waiting, self._elsewhere = self._elsewhere, deque()
 
     def _take(self, event: Done | Failed | Filled | Remark) -> None:
         slide = self._open.get(str(event.call.key))
@@ -224,17 +199,13 @@ class _Run:
         if isinstance(event, Remark):
             if event.text not in slide.remarks:
                 slide.remarks.append(event.text)
-                self._books.remark(slide.file.slide_id, event.text)
-                if event.loud:
-                    self._say(f"{slide.file.slide_id}: {event.text}")
+                self._desk.remark(slide.file.slide_id, event.text, loud=event.loud)
         elif isinstance(event, Filled):
             try:
-                self._n_tiles += self._stage.pixels(slide.file, event.content, event.memory)
+                n_tiles = self._stage.pixels(slide.file, event.content, event.memory)
             finally:
                 self._pool.release(event)
-            rate = self._n_tiles / (time.monotonic() - self._since)
-            self._bar.set_postfix_str(f"{self._n_tiles:,} tiles, {rate:.0f} tiles/s", refresh=False)
-            self._bar.update(0)  # within one large slide, too
+            self._desk.count(n_tiles)
         elif isinstance(event, Failed):
             raise event.error
         else:
@@ -264,7 +235,7 @@ class _Run:
             self._reading.extend(Call(slide.file.slide_id, *call) for call in result)
 
     def _unforeseen(self, slide: _Started, error: Exception) -> None:
-        if (stop := _no_more_room(self._job, error)) is not None:
+        if (stop := no_more_room(self._job, error)) is not None:
             raise stop from error
         reason = str(error) if isinstance(error, OSError | ReaderCrash) else f"{type(error).__name__}: {error}"
         trace = error.trace if isinstance(error, ReaderCrash) else "".join(traceback.format_exception(error))
@@ -279,18 +250,10 @@ class _Run:
         file = slide.file
         self._reading = deque(call for call in self._reading if call.key != file.slide_id)
         self._stage.drop(file)
-        self._finish(Row(file.name, file.slide_id, "failed", " ".join(reason.split())))
+        self._finish(Row(file.name, file.slide_id, "failed", " ".join(file.with_its_path(reason).split())))
 
     def _finish(self, row: Row) -> None:
         started = self._open[row.slide_id].started
         row = Row(row.slide, row.slide_id, row.status, row.reason, row.n_tiles, time.monotonic() - started)
-        try:
-            self._books.add(row)
-        except OSError as error:  # no slide's fault
-            raise _no_more_room(self._job, error) or WsimilError(f"{self._job.folder}: cannot be written to: {error}") from error
+        self._desk.finish(row)
         del self._open[row.slide_id]
-        self.rows[row.slide_id] = row
-        self._claims.release(row.slide_id)
-        if row.status == "failed":
-            self._say(f"{row.slide_id}: failed: {row.reason}")
-        self._bar.update()

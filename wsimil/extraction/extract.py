@@ -22,7 +22,6 @@ from wsimil.errors import SlideError, SlideUnreadableError, UsageError, WsimilEr
 from wsimil.extraction.engine import Stage, run_slides
 from wsimil.extraction.job import Job, Row, failure_key
 from wsimil.extraction.pixels import Prepared, TilePixels, Wanted, WantedBag
-from wsimil.extraction.pool import reader_count
 from wsimil.extraction.tile import too_small
 from wsimil.files import write_text
 from wsimil.slides.cohort import SlideFile, find_slides
@@ -80,9 +79,9 @@ def extract_features(
     """
     tile, extract, job = tile or TileConfig(), extract or ExtractConfig(), job or JobConfig()
     files = find_slides(slides)
-    device = resolve_device(extract.device)
-    dtype = extract.dtype if extract.dtype != "auto" else ("bf16" if device.startswith("cuda") else "fp32")
-    encoders = [load_encoder(name, device=device, dtype=dtype, embedding=extract.embedding) for name in extract.encoder]
+    # on a cluster nothing is encoded here, but what the encoders are must be known
+    device = "cpu" if job.engine == "ray" else resolve_device(extract.device)
+    encoders = _load_encoders(extract, device)
     if extract.encoder == ("texture",):
         say("encoder: texture (built-in colour and gradient statistics; --encoder names a pretrained network)")
     for encoder in encoders:
@@ -112,12 +111,31 @@ def extract_features(
     rows = run_slides(
         folder,
         files,
-        _ExtractStage(wanted, encoders, device, extract, readers=reader_count(job.workers)),
+        _ExtractStage(wanted, encoders, device, extract),
         config=job,
         tile_bytes=tile.tile_px**2 * 3,
         quiet=quiet,
     )
     return Extraction(rows, tuple(bag.folder for bag in bags))
+
+
+def _load_encoders(config: ExtractConfig, device: str) -> list[Encoder]:
+    dtype = config.dtype if config.dtype != "auto" else ("bf16" if device.startswith("cuda") else "fp32")
+    return [load_encoder(name, device=device, dtype=dtype, embedding=config.embedding) for name in config.encoder]
+
+
+def _stage_elsewhere(wanted: Wanted, config: ExtractConfig) -> _ExtractStage:
+    """The stage of a run, made anew in a worker: its encoders are loaded where they run.
+
+    Raises:
+        UsageError: they are not the encoders of the run.
+    """
+    device = resolve_device(config.device)
+    encoders = _load_encoders(config, device)
+    for encoder, bag in zip(encoders, wanted.bags, strict=True):
+        if encoder.contract.recipe() != bag.recipe["encoder"]:
+            raise UsageError(f"encoder {encoder.contract.name} has other weights or settings here than where the run was started")
+    return _ExtractStage(wanted, encoders, device, config)
 
 
 @dataclass
@@ -136,8 +154,8 @@ class _Slide:
 class _ExtractStage(Stage):
     name = "extract"
 
-    def __init__(self, wanted: Wanted, encoders: Sequence[Encoder], device: str, config: ExtractConfig, *, readers: int) -> None:
-        self.request, self._readers = wanted.request, readers
+    def __init__(self, wanted: Wanted, encoders: Sequence[Encoder], device: str, config: ExtractConfig) -> None:
+        self.request, self.device = wanted.request, config.device
         self._wanted, self._encoders, self._device, self._config = wanted, encoders, device, config
         self._slides: dict[str, _Slide] = {}
         self._ready: list[SlideFile] = []
@@ -147,6 +165,15 @@ class _ExtractStage(Stage):
         self._at_once = config.batch_size  # tiles in one forward pass; less where they do not fit
         self._in_batch: list[tuple[str, int, int]] = []  # slide id, first row, number of rows
         self._filled = 0
+
+    def __reduce__(self) -> tuple:
+        return _stage_elsewhere, (self._wanted, self._config)
+
+    def reads_much(self, file: SlideFile) -> bool:
+        job = self._wanted.job
+        there = all((bag.folder / f"{file.slide_id}.h5").exists() for bag in self._wanted.bags)
+        refused = job.failure(file.slide_id).exists() and not self._wanted.retry_failed
+        return not there and not refused
 
     def first_call(self, file: SlideFile) -> tuple[str, tuple]:
         return "wsimil.extraction.pixels:prepare", (file, self._wanted)
@@ -174,7 +201,7 @@ class _ExtractStage(Stage):
                     value.stain,
                 ),
             )
-            for start, end in sections(tiles.coords_level0_px, self._readers)
+            for start, end in sections(tiles.coords_level0_px, self.readers)
         ]
 
     def pixels(self, file: SlideFile, content: TilePixels, memory: np.ndarray) -> int:
@@ -275,6 +302,8 @@ class _ExtractStage(Stage):
                     "encoder_mpp": contract.mpp,
                     "encoder_source": contract.source or None,
                     "encoder_revision": contract.revision or None,
+                    "encoder_saw_slide": str(tiled.attributes["slide_fingerprint"])[:16] in contract.seen_slides or None,
+                    "encoder_transductive": contract.transductive or None,
                     "wsimil_version": version("wsimil"),
                 },
             )

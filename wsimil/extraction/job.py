@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Books", "Job", "Row", "failure_key", "read_status", "slides_of_job"]
 
 _WRITE_EVERY_S = 2.0
+_WRITE_SHARE = 0.05
+"""Most of a run's time that goes into its status: a hundred thousand rows take seconds to read and write."""
 _PACKAGES = ("wsimil", "torch", "timm", "openslide-python", "openslide-bin", "tifffile", "imagecodecs", "h5py", "numpy")
 
 
@@ -109,7 +111,7 @@ class Job:
             yield slide_fingerprint
         except SlideError as error:
             if slide_fingerprint and not isinstance(error, StaleBagError):
-                self.remember_failure(file.slide_id, key, str(error))
+                self.remember_failure(file.slide_id, key, file.with_its_path(str(error)))
             raise
         self.failure(file.slide_id).unlink(missing_ok=True)
 
@@ -150,6 +152,7 @@ class Books:
         self._run = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}"
         self._rows: dict[str, Row] = {}
         self._last_write = self._started = time.monotonic()
+        self._write_took = 0.0
         for folder in (job.folder, job.folder / "overviews"):
             mark_output(folder)
         for folder in {path.parent for path in job.folder.rglob(".*.tmp-*")}:
@@ -165,7 +168,7 @@ class Books:
         """A slide of this run is finished."""
         self._rows[row.slide_id] = row
         self._line("slide", asdict(row))
-        if time.monotonic() - self._last_write > _WRITE_EVERY_S:
+        if time.monotonic() - self._last_write > max(_WRITE_EVERY_S, self._write_took / _WRITE_SHARE):
             self._write()
 
     def leave_to_others(self, files: list[SlideFile], shard: tuple[int, int]) -> None:
@@ -194,7 +197,7 @@ class Books:
             handle.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")  # a full disk may have cut the last one
 
     def _write(self) -> None:
-        self._last_write = time.monotonic()
+        started = time.monotonic()
         with folder_lock(self._job.status.parent / "logs"):
             rows = read_status(self._job.status)
             for slide_id, row in self._rows.items():
@@ -208,6 +211,8 @@ class Books:
                 writer.writeheader()
                 for slide_id in sorted(rows):
                     writer.writerow(asdict(rows[slide_id]) | {"seconds": f"{rows[slide_id].seconds:.2f}"})
+        self._last_write = time.monotonic()
+        self._write_took = self._last_write - started
 
 
 def _versions() -> dict[str, str]:

@@ -116,15 +116,20 @@ class ReaderPool:
 
     @property
     def has_idle(self) -> bool:
-        return any(reader.call is None for reader in self._readers)
+        return bool(self.idle)
 
     @property
     def busy(self) -> bool:
         return any(reader.call is not None for reader in self._readers)
 
-    def start(self, call: Call) -> None:
-        """Give a call to an idle reader."""
-        next(reader for reader in self._readers if reader.call is None).start(call)
+    @property
+    def idle(self) -> list[int]:
+        """Places of the readers that have nothing to do."""
+        return [place for place, reader in enumerate(self._readers) if reader.call is None]
+
+    def start(self, call: Call, place: int | None = None) -> None:
+        """Give a call to an idle reader: the one at a place, which may have the slide open, or any."""
+        self._readers[self.idle[0] if place is None else place].start(call)
 
     def release(self, filled: Filled) -> None:
         """Give the memory of `filled` back to its reader."""

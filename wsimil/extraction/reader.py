@@ -53,17 +53,17 @@ class Reading:
             self._last_sign = now
             self._send("alive")
 
-    def slide(self, file: SlideFile, fallback_mpp: float | None) -> Slide:
-        """The slide, open. It is closed when others have been asked for since, or when a call failed."""
+    def slide(self, file: SlideFile, fallback_mpp: float | None, *, open_slides: int = _OPEN_SLIDES) -> Slide:
+        """The slide, open. It is closed when `open_slides` others have been asked for since, or when a call failed."""
         try:
-            stat = os.stat(file.path)
-            key = (file.path, file.mpp, fallback_mpp, stat.st_size, stat.st_mtime_ns)
+            stat = os.stat(file.here)
+            key = (file.here, file.mpp, fallback_mpp, stat.st_size, stat.st_mtime_ns)
         except OSError:
-            key = (file.path, file.mpp, fallback_mpp)  # opening it says what is wrong
+            key = (file.here, file.mpp, fallback_mpp)  # opening it says what is wrong
         if key not in self._slides:
-            self._slides[key] = Slide(file.path, mpp=file.mpp, fallback_mpp=fallback_mpp, on_read=self.alive)
+            self._slides[key] = Slide(file.here, mpp=file.mpp, fallback_mpp=fallback_mpp, on_read=self.alive)
         self._slides.move_to_end(key)
-        while len(self._slides) > _OPEN_SLIDES:
+        while len(self._slides) > open_slides:
             self._slides.popitem(last=False)[1].close()
         return self._slides[key]
 

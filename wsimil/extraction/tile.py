@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,6 +234,7 @@ def tile_slides(
     *,
     config: TileConfig | None = None,
     job: JobConfig | None = None,
+    only: Collection[str] | None = None,
     quiet: bool = False,
 ) -> list[Row]:
     """Tile every slide: coordinates, tissue polygons and an overview picture each.
@@ -240,6 +242,7 @@ def tile_slides(
     Args:
         slides: folder, slide, or CSV (`slide`, optional `slide_id`, `mpp`).
         out: job folder.
+        only: ids of the slides to take; None takes all.
 
     Returns:
         A row per slide, as in `status.csv`.
@@ -249,4 +252,5 @@ def tile_slides(
     """
     config, job = config or TileConfig(), job or JobConfig()
     folder = Job(Path(out))
-    return run_slides(folder, find_slides(slides), _TileStage(folder, config, job.retry_failed), config=job, quiet=quiet)
+    files = [file for file in find_slides(slides) if only is None or file.slide_id in only]
+    return run_slides(folder, files, _TileStage(folder, config, job.retry_failed), config=job, quiet=quiet)

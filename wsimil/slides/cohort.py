@@ -33,10 +33,24 @@ class SlideFile:
     slide_id: str
     name: str  # as people know it: the path below the given folder
     mpp: float | None = None  # from a slide table
+    copy: Path | None = None  # the same files on a faster disk
+
+    @property
+    def here(self) -> Path:
+        """Where it is read from."""
+        return self.copy or self.path
+
+    def with_its_path(self, text: str) -> str:
+        """What was said about the copy, said about the slide."""
+        return text.replace(str(self.copy), str(self.path)) if self.copy else text
+
+    def files(self) -> list[Path]:
+        """Every file whose bytes make the slide."""
+        return _files_of(self.here)
 
     def fingerprint(self) -> str:
         """Identity of the content: every file of a multi-file slide counts."""
-        return fingerprint(_files_of(self.path))
+        return fingerprint(self.files())
 
 
 def find_slides(slides: str | Path) -> list[SlideFile]:
