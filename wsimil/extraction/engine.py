@@ -144,6 +144,8 @@ def work_here(desk: Desk, job: Job, stage: Stage, config: JobConfig, *, count: i
         ReaderPool(count, timeout=config.read_timeout, tile_bytes=tile_bytes) as pool,
     ):
         _Work(job, stage, nearer, pool).work()
+        if pool.lost:  # what they were writing
+            job.sweep()
 
 
 def _say(bar: Any, quiet: bool, text: str) -> None:

@@ -82,6 +82,11 @@ class Job:
     def manifest(self) -> Path:
         return self.folder / "logs" / "manifest.jsonl"
 
+    def sweep(self) -> None:
+        """Remove the unfinished files of processes that are gone."""
+        for folder in {path.parent for path in self.folder.rglob(".*.tmp-*")}:
+            sweep_temporary_files(folder)
+
     def remembered_failure(self, slide_id: str, key: str) -> str | None:
         """Why a slide failed in an earlier run, if neither it nor the request has changed since."""
         try:
@@ -155,8 +160,7 @@ class Books:
         self._write_took = 0.0
         for folder in (job.folder, job.folder / "overviews"):
             mark_output(folder)
-        for folder in {path.parent for path in job.folder.rglob(".*.tmp-*")}:
-            sweep_temporary_files(folder)
+        job.sweep()
         self._before = read_status(job.status)
         self._line(
             "start",

@@ -103,10 +103,13 @@ class ReaderPool:
     Args:
         timeout: seconds without a sign of life.
         tile_bytes: size of a tile; the shared memory holds at least one in each slot.
+
+    Attributes:
+        lost: readers that had to be replaced.
     """
 
     def __init__(self, count: int, *, timeout: float, tile_bytes: int = 1) -> None:
-        self._timeout = timeout
+        self._timeout, self.lost = timeout, 0
         self._slot_bytes = max(tile_bytes, _SLOT_BYTES // tile_bytes * tile_bytes)
         self._inbox: queue.SimpleQueue[tuple[_Reader, tuple]] = queue.SimpleQueue()
         self._readers = [self._start() for _ in range(count)]
@@ -209,6 +212,7 @@ class ReaderPool:
         return Failed(call, SlideUnreadableError(f"a library crashed on it ({name}): the file is damaged"))
 
     def _replace(self, reader: _Reader) -> None:
+        self.lost += 1
         reader.kill()
         self._readers[self._readers.index(reader)] = self._start()
 
