@@ -27,10 +27,11 @@ from wsimil.config import LabelsConfig, Settings, SplitConfig, TrainConfig
 from wsimil.evaluation.intervals import cluster_bootstrap, percentile_interval
 from wsimil.evaluation.metrics import auroc, harrell_c
 
-COHORTS = {"NSCLC": ("tcga_lung", "LUSC"), "BRCA": ("tcga_brca", "ILC")}
+COHORTS = {"NSCLC": ("tcga_lung", ("LUAD", "LUSC")), "BRCA": ("tcga_brca", ("IDC", "ILC"))}
+"""Files, and the two subtypes that are told apart; slides of others take part in survival only."""
 AGGREGATORS = ("mean_pool", "gated_abmil")
 FOLDS = 5
-TRAIN = TrainConfig(hidden=128, lr=5e-4, weight_decay=1e-3, epochs=30, patience=8, bags_per_step=8)
+TRAIN = TrainConfig(hidden=128, lr=5e-4, weight_decay=1e-3, epochs=30, patience=8, bags_per_step=8, stack="on")
 
 
 def load(data: Path, name: str, out: Path) -> tuple[Path, pd.DataFrame, dict[str, np.ndarray]]:
@@ -69,7 +70,8 @@ def logistic(run: Path, means: dict[str, np.ndarray], table: pd.DataFrame, posit
         rows = fold.loc[test, ["slide_id", "patient", "fold"]]
         parts.append(rows.assign(**{f"prob_{positive}": model.predict_proba(y)[:, 1]}))
     found = pd.concat(parts, ignore_index=True)
-    return found.assign(label=found["slide_id"].map(labels))
+    patients = table.set_index("slide")["patient"]  # the folds' own column is the site where folds are by site
+    return found.assign(label=found["slide_id"].map(labels), patient=found["slide_id"].map(patients))
 
 
 def main() -> None:
@@ -79,8 +81,9 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="where the Markdown goes")
     options = parser.parse_args()
     started, rows = time.monotonic(), []
-    for cohort, (name, positive) in COHORTS.items():
-        bags, table, means = load(options.data, name, options.out)
+    for cohort, (name, subtypes) in COHORTS.items():
+        bags, whole, means = load(options.data, name, options.out)
+        table, positive = whole[whole["label"].isin(subtypes)], subtypes[1]
         labels = options.out / name / "labels.csv"
         table.to_csv(labels, index=False)
         for group in ("patient", "site"):
@@ -99,7 +102,7 @@ def main() -> None:
             row["mean of regions, logistic regression"] = area(logistic(out / "repeat0", means, table, positive), positive)
             rows.append(row)
             print(rows[-1], flush=True)
-        rows.append(survival(options.out, cohort, name, bags, table))
+        rows.append(survival(options.out, cohort, name, bags, whole))
         print(rows[-1], flush=True)
     notes = (
         "Subtype: AUROC of the pooled out-of-fold predictions [95 % interval over patients]. Survival: concordance (Harrell), "
@@ -124,11 +127,11 @@ def survival(out: Path, cohort: str, name: str, bags: Path, table: pd.DataFrame)
         config = Settings(
             labels=LabelsConfig(time="survival_months", event="event"),
             split=SplitConfig(folds=FOLDS),
-            train=replace(TRAIN, aggregator=aggregator, loss="cox", bags_per_step=32),
+            train=replace(TRAIN, aggregator=aggregator, loss="cox", bags_per_step=32, stack="off"),
         )
         predictions = cross_validate(bags, labels, out / name / f"survival-{aggregator}", config)
-        merged = predictions.merge(known[["slide", "survival_months", "event"]], left_on="slide_id", right_on="slide")
-        values = [float(harrell_c(one["survival_months"], one["event"], one["risk"])) for _, one in merged.groupby("fold")]
+        known_end = predictions.dropna(subset=["time", "event"])
+        values = [float(harrell_c(one["time"], one["event"], one["risk"])) for _, one in known_end.groupby("fold")]
         row[aggregator] = interval(np.array(values), folds=FOLDS)
     return row | {"mean of regions, logistic regression": "–"}
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from wsimil.config import (
     SECTIONS,
+    STUDY_SECTIONS,
     JobConfig,
     Settings,
     TileConfig,
@@ -61,7 +62,7 @@ def test_hyphens_and_underscores_are_the_same():
 
 
 def test_a_short_key_reaches_every_section_that_has_it():
-    assert keys_of(SECTIONS)["device"] == ["extract.device", "train.device", "predict.device"]
+    assert keys_of(STUDY_SECTIONS)["device"] == ["extract.device", "train.device", "predict.device"]
     settings = read_settings(SECTIONS, overrides={"device": "cuda:1"})
     assert {settings.extract.device, settings.train.device, settings.predict.device} == {"cuda:1"}
     assert read_settings(["train"], overrides={"device": "cuda:1"}).predict.device == "auto"
@@ -238,6 +239,8 @@ def values_of(section: type) -> st.SearchStrategy:
         default = getattr(defaults, name)
         if typing.get_origin(kind) is typing.Literal:
             choices[name] = st.sampled_from(typing.get_args(kind))
+        elif name == "min_lr":  # no more than lr
+            choices[name] = st.floats(0, 0.001)
         elif name == "overlap_px":
             choices[name] = st.integers(0, 63)
         elif name == "positive":

@@ -18,7 +18,10 @@ PACKAGE = Path(wsimil.errors.__file__).parent
 GROUND = {"units", "errors", "config", "batch", "task", "losses", "files", "hdf5", "table"}
 PARTS = {"slides", "encoders", "bags", "aggregators", "evaluation"}
 OBJECTIVES = {"objectives"}
-WORKFLOWS = {"extraction", "pretraining", "training", "prediction", "heatmaps", "study", "report", "viewer", "doctor", "progress"}
+WORKFLOWS = {
+    "extraction", "pretraining", "probing", "training", "prediction", "retrieval", "heatmaps", "study", "report", "viewer",
+    "doctor", "progress", "conversion", "validation",
+}  # fmt: skip
 TOP = {"cli", "demo", "__main__", "__init__"}
 EVERYTHING = GROUND | PARTS | OBJECTIVES | WORKFLOWS | TOP
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wsimil.config import SECTIONS, Settings, nearest, normalise_key, read_settings, to_yaml
+from wsimil.config import SECTIONS, STUDY_SECTIONS, Settings, nearest, normalise_key, read_settings, to_yaml
 from wsimil.errors import UsageError, WsimilError
 
 __all__ = ["main"]
@@ -151,7 +151,7 @@ def _parser(name: str, command: Command) -> _Parser:
 def _keywords(setting: dataclasses.Field, hint: Any) -> dict[str, Any]:
     default = setting.default
     if isinstance(default, tuple):
-        shown = " ".join(default)
+        shown = " ".join(map(str, default))
     else:
         shown = "" if default is None or default is False else str(default)
     meaning = setting.metadata["help"].replace("%", "%%") + (f" (default: {shown})" if shown and default is not True else "")
@@ -233,11 +233,67 @@ def _extract(arguments: argparse.Namespace, settings: Settings, say: Callable[[s
     return _slides_ending(extraction.rows, arguments, f"bags: {', '.join(map(str, extraction.features_folders))}")
 
 
+def _pretrain(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.pretraining import Forecast, pretrain
+
+    done = pretrain(
+        arguments.slides,
+        arguments.out,
+        splits=arguments.splits,
+        labels=arguments.labels,
+        settings=settings,
+        dry_run=arguments.dry_run,
+        quiet=arguments.quiet,
+        say=say,
+    )
+    if isinstance(done, Forecast):
+        print(json.dumps(dataclasses.asdict(done)) if arguments.json else f"{done.text()}\nviews: {Path(arguments.out) / 'views.png'}")
+        return 0
+    if arguments.json:
+        print(json.dumps({"out": str(done.folder), "step": done.step, "steps": done.recipe.steps, "remark": done.remark}))
+    else:
+        print(f"encoder: {done.folder} (for --encoder); health: {done.folder / 'health.html'}")
+        print(done.remark, end="\n" if done.remark else "")
+    return 0
+
+
+def _probe(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.probing import probe
+
+    report = probe(arguments.tiles, arguments.labels, config=settings.probe, quiet=arguments.quiet, say=say)
+    if arguments.out:
+        report.write(arguments.out)
+    print(json.dumps(report.content) if arguments.json else report.text())
+    return 0
+
+
+def _search(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.retrieval import evaluate_search, search
+
+    if arguments.query:
+        how = {"config": settings.search, "labels": arguments.labels, "target": settings.labels, "quiet": arguments.quiet}
+        table = search(arguments.bags, arguments.query, **how)
+        if arguments.out:
+            table.to_csv(Path(arguments.out), index=False)
+        print(table.to_json(orient="records") if arguments.json else table.head(10).to_string(index=False))
+        return 0
+    if not arguments.labels:
+        raise UsageError("pass --query SLIDE to search, or --labels CSV to evaluate the search of every slide")
+    evaluation = evaluate_search(
+        arguments.bags, arguments.labels, config=settings.search, target=settings.labels, quiet=arguments.quiet, say=say
+    )
+    if arguments.out:
+        evaluation.write(arguments.out)
+    print(json.dumps(evaluation.content) if arguments.json else evaluation.text())
+    return 0
+
+
 def _split(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
     from wsimil.bags.labels import infer_task, read_labels, slide_ids_of
     from wsimil.bags.splits import make_splits, splits_hash, write_splits
 
-    labels = read_labels(arguments.labels, settings.labels, group=settings.split.group, site=settings.split.site)
+    split = settings.split
+    labels = read_labels(arguments.labels, settings.labels, group=split.group, site=split.site, test=split.test)
     labels = slide_ids_of(labels)
     splits = make_splits(labels, infer_task(labels["label"], settings.labels), settings.split)
     write_splits(Path(arguments.out), splits)
@@ -313,6 +369,23 @@ def _report(arguments: argparse.Namespace, settings: Settings, say: Callable[[st
     return 0
 
 
+def _convert(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.conversion import convert_bags
+
+    rows = convert_bags(
+        arguments.bags, arguments.out, config=settings.convert, slides=arguments.slides, quiet=arguments.quiet, say=say
+    )
+    return _slides_ending(rows, arguments, f"bags: {arguments.out}", book="convert.csv")
+
+
+def _validate(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
+    from wsimil.validation import validate_bags
+
+    report = validate_bags(arguments.path, quiet=arguments.quiet)
+    print(json.dumps(report.content) if arguments.json else report.text())
+    return int(bool(report.findings))
+
+
 def _encoders(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
     from wsimil.encoders import describe_encoders, encoder_rows
 
@@ -334,7 +407,7 @@ def _doctor(arguments: argparse.Namespace, settings: Settings, say: Callable[[st
     return 0
 
 
-def _slides_ending(rows: list, arguments: argparse.Namespace, where: str = "") -> int:
+def _slides_ending(rows: list, arguments: argparse.Namespace, where: str = "", *, book: str = "status.csv") -> int:
     counts = {status: sum(row.status == status for row in rows) for status in ("done", "empty", "failed", "skipped")}
     if arguments.json:
         print(json.dumps({"counts": counts, "slides": [dataclasses.asdict(row) for row in rows]}))
@@ -342,7 +415,7 @@ def _slides_ending(rows: list, arguments: argparse.Namespace, where: str = "") -
         print(f"{len(rows)} slides: {', '.join(f'{count} {status}' for status, count in counts.items() if count)}")
         print(where or f"tiles: {arguments.out}")
     return _ending(
-        [f"{row.slide_id}: {row.reason}" for row in rows if row.status == "failed"], status=Path(arguments.out) / "status.csv"
+        [f"{row.slide_id}: {row.reason}" for row in rows if row.status == "failed"], status=Path(arguments.out) / book
     )
 
 
@@ -371,7 +444,7 @@ def _headline(metrics: dict[str, Any]) -> str:
 
 
 _SLIDES = (("slides",), {"metavar": "SLIDES", "help": "folder (searched recursively), one slide, or CSV with a `slide` column"})
-_BAGS = (("bags",), {"metavar": "BAGS", "help": "job folder or features_* folder"})
+_BAGS = (("bags",), {"metavar": "BAGS", "help": "job folder, features_* folder, or another program's bags (docs/files.md)"})
 _PREDICTIONS = (("predictions",), {"metavar": "PREDICTIONS", "help": "folder with predictions.csv"})
 _LABELS = (
     ("--labels",),
@@ -397,7 +470,7 @@ COMMANDS: dict[str, Command] = {
         "wsimil run slides/ --labels labels.csv --out study/ --encoder uni2-h --folds 5",
         _run,
         (_SLIDES, _LABELS, _out("study/"), _SPLITS, _JSON),
-        tuple(SECTIONS),
+        STUDY_SECTIONS,
     ),
     "tile": Command(
         "where the tissue is and where tiles go",
@@ -412,6 +485,45 @@ COMMANDS: dict[str, Command] = {
         _extract,
         (_SLIDES, _out("job/"), _JSON),
         ("tile", "extract", "job"),
+    ),
+    "pretrain": Command(
+        "slides to an encoder of your own, without labels (DINO, MAE)",
+        "wsimil pretrain slides/ --out encoder/ --method dino --size lab --splits splits.csv --fold 0",
+        _pretrain,
+        (
+            (("slides",), {"metavar": "SLIDES", "help": "folder, slide or CSV as for tile; or a folder of tile images"}),
+            _out("encoder/"),
+            (("--splits",), {"metavar": "CSV", "help": "folds; only training slides of the fold are used (all slides if not given)"}),
+            (("--labels",), {"metavar": "CSV", "help": "with --method weak: table with `slide` and the target"}),
+            (("--dry-run",), {"action": "store_true", "help": "measure, forecast time and waiting, draw views.png, and stop"}),
+            _JSON,
+        ),
+        ("tile", "job", "labels", "pretrain"),
+    ),
+    "probe": Command(
+        "what an encoder's features say about labelled tiles, and about the site",
+        "wsimil probe tiles/ --labels tiles.csv --encoder uni2-h --out probe/",
+        _probe,
+        (
+            (("tiles",), {"metavar": "TILES", "help": "folder of tile images; without --labels its sub-folders are the classes"}),
+            (("--labels",), {"metavar": "CSV", "help": "table with `tile` (path or name), the target, optional `group`, `site`"}),
+            (("--out",), {"metavar": "PATH", "help": "where to write probe.json and probe.csv"}),
+            _JSON,
+        ),
+        ("probe",),
+    ),
+    "search": Command(
+        "slides that look like one; with labels and no query: how often the nearest share the diagnosis",
+        "wsimil search job/ --labels labels.csv --query slide-17",
+        _search,
+        (
+            _BAGS,
+            (("--query",), {"metavar": "SLIDE", "help": "id of the slide to search with"}),
+            (("--labels",), {"metavar": "CSV", "help": "table with `slide`, the target, optional `patient`, `site`"}),
+            (("--out",), {"metavar": "PATH", "help": "where to write: a CSV with --query, else a folder"}),
+            _JSON,
+        ),
+        ("labels", "search"),
     ),
     "split": Command(
         "folds that keep patients apart",
@@ -461,6 +573,7 @@ COMMANDS: dict[str, Command] = {
             _PREDICTIONS,
             (("--slides",), {"required": True, "metavar": "SLIDES", "help": "where the slides are: folder, slide or CSV"}),
             _out("heatmaps/"),
+            (("--class",), {"dest": "set:class_name", "metavar": "NAME", "help": "short for --class-name"}),
         ),
         ("heatmap", "job"),
     ),
@@ -469,6 +582,24 @@ COMMANDS: dict[str, Command] = {
         "wsimil report study/",
         _report,
         ((("study",), {"metavar": "STUDY", "help": "folder of `wsimil run`"}),),
+    ),
+    "convert": Command(
+        "bags of other programs to ours, and ours to theirs",
+        "wsimil convert clam_features/ --out job/ --slide-mpp 0.25",
+        _convert,
+        (
+            (("bags",), {"metavar": "BAGS", "help": "folder of bags of any layout that docs/files.md lists"}),
+            _out("job/"),
+            (("--slides",), {"metavar": "SLIDES", "help": "slides, or a table of them, that say the µm/px the bags do not"}),
+            _JSON,
+        ),
+        ("convert",),
+    ),
+    "validate": Command(
+        "what is wrong with a folder of bags, and what to do",
+        "wsimil validate job/",
+        _validate,
+        ((("path",), {"metavar": "BAGS", "help": "folder of bags of any layout"}), _JSON),
     ),
     "encoders": Command("encoders that --encoder knows by name", "wsimil encoders", _encoders, (_JSON,)),
     "aggregators": Command("aggregators that --aggregator knows", "wsimil aggregators", _aggregators, (_JSON,)),

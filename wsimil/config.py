@@ -24,6 +24,8 @@ from wsimil.files import write_text
 
 __all__ = [
     "SECTIONS",
+    "STUDY_SECTIONS",
+    "ConvertConfig",
     "EvaluateConfig",
     "ExtractConfig",
     "FilterConfig",
@@ -31,6 +33,9 @@ __all__ = [
     "JobConfig",
     "LabelsConfig",
     "PredictConfig",
+    "PretrainConfig",
+    "ProbeConfig",
+    "SearchConfig",
     "Settings",
     "SplitConfig",
     "TileConfig",
@@ -126,9 +131,15 @@ class JobConfig:
     read_timeout: float = option(120.0, "seconds without a finished read after which a slide counts as stuck, and fails")
     shard: str | None = option(None, "i/n: only the i-th of n parts of the slides (1/8 … 8/8)")
     retry_failed: bool = option(False, "try again slides that failed in an earlier run")
+    engine: Literal["local", "ray"] = option("local", "tile and extract on this machine, or on a Ray cluster (see docs/cluster.md)")
+    gpus_per_worker: float = option(1.0, "with --engine ray: share of a GPU that a worker takes; 0.5: two workers on each")
+    stage_to: str | None = option(None, "folder on a fast disk that slides are copied to, ahead of their reading (extract)")
+    stage_gb: float = option(100.0, "with --stage-to: most that copies take up, of all runs that share the folder")
 
     def __post_init__(self) -> None:
         _require(0 <= self.workers <= 256, f"job.workers is {self.workers}; expected 0 to 256")
+        _require(0 < self.gpus_per_worker <= 1, f"job.gpus_per_worker is {self.gpus_per_worker}; expected more than 0, up to 1")
+        _require(self.stage_gb > 0, f"job.stage_gb is {self.stage_gb}; expected more than 0")
         _require(self.read_timeout > 0, f"job.read_timeout is {self.read_timeout}; expected more than 0 seconds")
         if self.shard is not None:
             self.shard_of()
@@ -193,6 +204,9 @@ class SplitConfig:
     seed: int = option(0, "seed of the split")
     group: str = option("patient", "column whose values never stand on two sides")
     site: str | None = option(None, "column to balance over folds as well as the label")
+    test: str | None = option(
+        None, "column with an official split, `train` or `test`: one fold then, with that test set"
+    )
     val_fraction: float = option(0.2, "share of the training patients held out to choose epoch and threshold")
 
     def __post_init__(self) -> None:
@@ -214,11 +228,16 @@ class TrainConfig:
         "auto: what the aggregator's paper minimises; slide_label | clam_instances | mhim | attention_entropy | averaged_weights",
     )
     objective_options: tuple[str, ...] = option((), "settings of the objective's own: name=value …")
-    lr: float = option(1e-3, "learning rate (AdamW, one cosine cycle)")
+    lr: float = option(1e-3, "peak learning rate: linear warm-up, then half a cosine")
+    min_lr: float = option(0.0, "learning rate that the cosine ends at")
+    warm_up: float = option(0.05, "share of the steps in which the learning rate rises from 0")
+    optimizer: Literal["adamw", "adam"] = option("adamw", "adam: weight decay is part of the gradient, as in older papers")
+    betas: tuple[float, ...] = option((0.9, 0.999), "memory of the optimiser's two averages")
     weight_decay: float = option(1e-4, "weight decay")
     epochs: int = option(60, "most passes over the training slides")
     patience: int = option(15, "stop after so many epochs without a better validation loss")
     select: Literal["val_loss", "last"] = option("val_loss", "weights to keep: those of the least validation loss, or the last")
+    keep_epochs: bool = option(False, "keep the weights of every epoch, too: epochs/<epoch>/ is a run that `predict` takes")
     bags_per_step: int = option(4, "slides in one optimiser step")
     sampling: Literal["shuffle", "balanced", "risk_set"] = option(
         "shuffle", "order of slides; balanced: classes equally often (in place of --balance); risk_set: survival, an event a step"
@@ -243,6 +262,7 @@ class TrainConfig:
     seed: int = option(0, "first seed")
     fold: str = option("all", "all, or the number of one fold")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU when there is one")
+    devices: int = option(1, "processes that share every step, a GPU each (with --device cpu: the cores)")
     precision: Literal["auto", "fp32", "bf16"] = option("auto", "of matrix products; auto: bf16 where the device is built for it")
     stack: Literal["auto", "on", "off"] = option(
         "auto", "folds and seeds as one program, all in the same order of slides; auto: on a GPU, where the aggregator allows it"
@@ -250,7 +270,7 @@ class TrainConfig:
     memory_gb: float = option(0.0, "features kept in memory, at most; 0: half of what is free")
 
     def __post_init__(self) -> None:
-        for key in ("hidden", "epochs", "patience", "bags_per_step", "seeds", "time_bins"):
+        for key in ("hidden", "epochs", "patience", "bags_per_step", "seeds", "time_bins", "devices"):
             _require(getattr(self, key) >= 1, f"train.{key} is {getattr(self, key)}; expected at least 1")
         _require(self.focal_gamma >= 0, f"train.focal_gamma is {self.focal_gamma}; expected 0 or more")
         for key in ("label_smoothing", "survival_alpha"):
@@ -258,6 +278,10 @@ class TrainConfig:
         _require(self.seed >= 0, f"train.seed is {self.seed}; expected 0 or more")
         _require(0 <= self.dropout < 1, f"train.dropout is {self.dropout}; expected 0 up to 1")
         _require(self.lr > 0, f"train.lr is {self.lr}; expected more than 0")
+        _require(0 <= self.min_lr <= self.lr, f"train.min_lr is {self.min_lr}; expected 0 to train.lr ({self.lr})")
+        _require(0 <= self.warm_up < 1, f"train.warm_up is {self.warm_up}; expected 0 up to 1")
+        good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(good, f"train.betas is {list(self.betas)}; expected two numbers, each 0 up to 1")
         for key in ("tiles_per_step", "tiles_per_bag", "clip_norm", "memory_gb"):
             _require(getattr(self, key) >= 0, f"train.{key} is {getattr(self, key)}; expected 0 or more")
         _require(0 <= self.instance_dropout < 1, f"train.instance_dropout is {self.instance_dropout}; expected 0 up to 1")
@@ -275,6 +299,91 @@ class TrainConfig:
             name = normalise_key(name)
             _require(bool(equals) and name.isidentifier(), f"train.{key} has {text!r}; expected name=value")
             _require(name not in ("hidden", "dropout"), f"train.{key} has {name}, which is a setting itself: --{name} {value}")
+            options[name] = yaml.safe_load(value)
+        return options
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """From slides to an encoder, without labels. What is not set is the preset's (`--size`)."""
+
+    method: Literal["dino", "mae", "weak"] = option(
+        "dino",
+        "dino: views of a tile agree, through a teacher; mae: hidden patches are painted in (robust on small data); "
+        "weak: tiles learn the label of their slide (KimiaNet; pass --labels)",
+    )
+    size: Literal["toy", "lab", "multi", "self-vit-mil"] = option(
+        "lab",
+        "preset: toy (CPU, minutes), lab (one GPU, hundreds of slides), multi (several GPUs), self-vit-mil (the published schedule)",
+    )
+    arch: str | None = option(None, "timm's name of the network; none: the preset's")
+    init: str | None = option(
+        None, "weights to begin with: scratch, imagenet, an encoder's name, a file or folder; none: the preset's"
+    )
+    steps: int | None = option(None, "optimiser steps; none: as many as the preset's number of tiles makes")
+    hours: float | None = option(None, "in place of steps: as many as fit into this time, timed before the run begins")
+    batch_size: int | None = option(None, "tiles in an optimiser step, over all devices; none: the preset's")
+    lr: float | None = option(None, "peak learning rate; none: the preset's rule for this batch size")
+    recipe_options: tuple[str, ...] = option((), "any other number of the preset: name=value … (docs/pretraining.md lists them)")
+    mpp_range: str | None = option(None, "low-high µm/px in place of one --mpp: each tile is seen at a scale between, log-uniform")
+    source: Literal["auto", "slides", "tiles"] = option(
+        "auto", "what SLIDES holds; auto: tiles where all files are plain images no larger than 1.5 times --tile-px"
+    )
+    fold: str | None = option(None, "with --splits: the fold whose training slides are used; may be left out where there is one")
+    transductive: bool = option(False, "use test slides too, without labels; recorded, and said with every result")
+    accumulate: int = option(1, "parts of a step that are computed one after the other: a larger batch than fits the device")
+    devices: int = option(1, "GPUs, or processes on the CPU, that share each batch")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU when there is one")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "of matrix products; auto: the preset's on a GPU that has it, fp32 else"
+    )
+    mosaic_tiles: int = option(
+        55, "with --method weak: so many tiles of each slide, of all kinds of its tissue and rich in nuclei; 0: all of its tissue"
+    )
+    cache_gb: float = option(0.0, "disk for tiles already read, so that later passes need no slide; 0: none")
+    checkpoint_minutes: float = option(10.0, "last.ckpt is written this often, and when the run is asked to stop")
+    collapse: Literal["stop", "warn"] = option("stop", "when the health panel finds the encoder collapsed twice in a row")
+    seed: int = option(0, "seed of tiles, views and weights")
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "accumulate", "devices"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"pretrain.{key} is {value}; expected at least 1")
+        for key in ("hours", "lr", "checkpoint_minutes"):
+            value = getattr(self, key)
+            _require(value is None or value > 0, f"pretrain.{key} is {value}; expected more than 0")
+        _require(self.steps is None or self.hours is None, "pretrain.steps and pretrain.hours are both set; keep one")
+        _require(self.mosaic_tiles >= 0, f"pretrain.mosaic_tiles is {self.mosaic_tiles}; expected 0 or more")
+        _require(self.cache_gb >= 0, f"pretrain.cache_gb is {self.cache_gb}; expected 0 or more")
+        _require(self.seed >= 0, f"pretrain.seed is {self.seed}; expected 0 or more")
+        _require(self.fold is None or self.fold.isdigit(), f"pretrain.fold is {self.fold!r}; expected a number")
+        if isinstance(self.recipe_options, str):  # one option is as good as a list of one
+            object.__setattr__(self, "recipe_options", (self.recipe_options,))
+        self.scales(1.0)
+        self.options()
+
+    def scales(self, mpp: float) -> tuple[float, float]:
+        """Least and largest µm/px of tiles; `mpp` where no range is set."""
+        if self.mpp_range is None:
+            return mpp, mpp
+        low, _, high = self.mpp_range.partition("-")
+        try:
+            scales = float(low), float(high)
+        except ValueError:
+            scales = 0.0, 0.0
+        _require(
+            0.05 <= scales[0] <= scales[1] <= 20,
+            f"pretrain.mpp_range is {self.mpp_range!r}; expected low-high within .05 to 20 µm/px, for example 0.25-1",
+        )
+        return scales
+
+    def options(self) -> dict[str, Any]:
+        """`recipe_options` as values by name, read as YAML reads them."""
+        options: dict[str, Any] = {}
+        for text in self.recipe_options:
+            name, equals, value = text.partition("=")
+            name = normalise_key(name)
+            _require(bool(equals) and name.isidentifier(), f"pretrain.recipe_options has {text!r}; expected name=value")
             options[name] = yaml.safe_load(value)
         return options
 
@@ -303,6 +412,9 @@ class HeatmapConfig:
     map: Literal["auto", "attention", "contribution", "tile_prob"] = option(
         "auto", "which score; auto: signed contributions where the model has exact ones, else tile probabilities, else attention"
     )
+    class_name: str | None = option(
+        None, "class or label that maps speak for; none: the predicted one, of several labels the likeliest"
+    )
     qupath_bounds: Literal["auto", "keep"] = option(
         "auto", "auto: QuPath's frame (OpenSlide's bounds offset subtracted); keep: the file's own"
     )
@@ -312,10 +424,73 @@ class HeatmapConfig:
         _require(self.max_side_px >= 64, f"heatmap.max_side_px is {self.max_side_px}; expected at least 64")
 
 
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What frozen features say about labelled tiles."""
+
+    target: str = option("label", "column with the class of a tile")
+    group: str = option("group", "column whose values never stand on two sides: slide, or patient")
+    site: str = option("site", "column of where a tile was scanned; if there is one, a site probe says how well that can be told")
+    encoder: tuple[str, ...] = option(("texture",), "what to probe; names as for `wsimil extract`")
+    embedding: Literal["default", "self-vit-mil"] = option("default", "as for `wsimil extract`")
+    twins: bool = option(True, "probe the same networks with random weights, too")
+    folds: int = option(5, "folds, by group")
+    seeds: int = option(3, "how often groups are dealt into folds anew")
+    max_tiles: int = option(0, "so many tiles at most, in whole groups drawn at random; 0: all")
+    batch_size: int = option(64, "tiles in a forward pass of the encoder")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU when there is one")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.encoder, str):  # one name is as good as a list of one
+            object.__setattr__(self, "encoder", (self.encoder,))
+        _require(len(self.encoder) >= 1, "probe.encoder is empty; expected at least one encoder")
+        _require(self.folds >= 3, f"probe.folds is {self.folds}; expected at least 3: one chooses the penalty, one tests")
+        for key in ("seeds", "batch_size"):
+            _require(getattr(self, key) >= 1, f"probe.{key} is {getattr(self, key)}; expected at least 1")
+        _require(self.max_tiles >= 0, f"probe.max_tiles is {self.max_tiles}; expected 0 or more")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Bags of one layout as another."""
+
+    to: Literal["wsimil", "clam", "stamp", "torchmil"] = option("wsimil", "layout to write")
+    layout: Literal["auto", "wsimil", "trident", "clam", "stamp", "atlaspatch", "slide2vec", "slideflow", "torchmil"] = option(
+        "auto", "layout of what is read; auto: what the folder looks like"
+    )
+    slide_mpp: float | None = option(None, "µm/px of the slides, where neither the bags nor --slides say it")
+    tile_level0_px: float | None = option(None, "side of a tile in level-0 pixels, where the bags do not say it")
+    encoder: str | None = option(None, "the encoder, where the bags do not say it; of several in one file, which to take")
+
+    def __post_init__(self) -> None:
+        _require(
+            self.slide_mpp is None or 0.05 <= self.slide_mpp <= 20,
+            f"convert.slide_mpp is {self.slide_mpp}; expected .05 to 20 µm/px",
+        )
+        _require(
+            self.tile_level0_px is None or self.tile_level0_px > 0,
+            f"convert.tile_level0_px is {self.tile_level0_px}; expected more than 0",
+        )
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Slides that look alike."""
+
+    tiles: int = option(55, "tiles that stand for a slide, of nine kinds and from all over it; 0: all")
+    apart: Literal["patient", "site"] = option(
+        "patient", "in evaluation a slide is never compared with others of its patient; site: nor with others of its site"
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.tiles >= 0, f"search.tiles is {self.tiles}; expected 0 or more")
+
+
 SECTIONS: dict[str, type] = {
     "tile": TileConfig,
     "extract": ExtractConfig,
     "job": JobConfig,
+    "pretrain": PretrainConfig,
     "filter": FilterConfig,
     "labels": LabelsConfig,
     "split": SplitConfig,
@@ -323,7 +498,13 @@ SECTIONS: dict[str, type] = {
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
     "heatmap": HeatmapConfig,
+    "probe": ProbeConfig,
+    "search": SearchConfig,
+    "convert": ConvertConfig,
 }
+
+STUDY_SECTIONS = ("tile", "extract", "job", "filter", "labels", "split", "train", "predict", "evaluate", "heatmap")
+"""Those of `wsimil run`: slides to heatmaps with an encoder that is there already."""
 
 
 @dataclass(frozen=True)
@@ -333,6 +514,7 @@ class Settings:
     tile: TileConfig = TileConfig()
     extract: ExtractConfig = ExtractConfig()
     job: JobConfig = JobConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     filter: FilterConfig = FilterConfig()
     labels: LabelsConfig = LabelsConfig()
     split: SplitConfig = SplitConfig()
@@ -340,6 +522,9 @@ class Settings:
     predict: PredictConfig = PredictConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     heatmap: HeatmapConfig = HeatmapConfig()
+    probe: ProbeConfig = ProbeConfig()
+    search: SearchConfig = SearchConfig()
+    convert: ConvertConfig = ConvertConfig()
 
 
 def normalise_key(key: str) -> str:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.splits import splits_hash, write_splits
-from wsimil.config import SECTIONS, Settings, as_mapping, save_settings
+from wsimil.config import STUDY_SECTIONS, Settings, as_mapping, save_settings
 from wsimil.errors import UsageError, WsimilError
 from wsimil.evaluation import write_evaluation
 from wsimil.evaluation.table import read_predictions
@@ -68,7 +68,7 @@ def run_study(
             f"a study has one encoder, not {len(settings.extract.encoder)}; `wsimil extract` makes bags of several at once"
         )
     mark_output(out)
-    save_settings(out / "study.yaml", settings, SECTIONS)
+    save_settings(out / "study.yaml", settings, STUDY_SECTIONS)
     books = _Books(out / "logs" / "stages.json", say)
 
     say("extract: slides to bags")

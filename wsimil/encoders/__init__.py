@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from wsimil.encoders.contract import EncoderContract
     from wsimil.encoders.encoder import Encoder
     from wsimil.encoders.listing import describe_encoders, encoder_rows
-    from wsimil.encoders.load import Embedding, describe_encoder, encoder_contract, load_encoder, save_encoder
+    from wsimil.encoders.load import (
+        Embedding,
+        describe_encoder,
+        encoder_contract,
+        load_encoder,
+        load_random_twin,
+        save_encoder,
+        save_random_twin,
+    )
     from wsimil.encoders.registry import ENCODERS, EncoderEntry, find_encoder
 
 _HOMES = {
@@ -27,7 +35,9 @@ _HOMES = {
     "encoder_rows": "listing",
     "find_encoder": "registry",
     "load_encoder": "load",
+    "load_random_twin": "load",
     "save_encoder": "load",
+    "save_random_twin": "load",
 }
 
 __all__ = [
@@ -42,7 +52,9 @@ __all__ = [
     "encoder_rows",
     "find_encoder",
     "load_encoder",
+    "load_random_twin",
     "save_encoder",
+    "save_random_twin",
 ]
 
 

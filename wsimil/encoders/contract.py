@@ -55,6 +55,8 @@ class EncoderContract:
     source: str = ""
     revision: str = ""  # the hub's commit that the weights at hand came from; empty: not from the hub, or not known
     note: str = ""
+    seen_slides: frozenset[str] = frozenset()  # start of the fingerprint of every slide it was trained on, where that is known
+    transductive: bool = False  # trained on slides that are tested, knowingly
 
     def __post_init__(self) -> None:
         if self.dim < 0 or (self.tile_px is not None and self.tile_px < 1) or min(self.std) <= 0:

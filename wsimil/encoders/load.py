@@ -28,7 +28,15 @@ from wsimil.encoders.weights import network_with_weights, read_weights, skeleton
 from wsimil.errors import EncoderError, EncoderWeightsError
 from wsimil.files import atomic_path, file_sha256, write_json
 
-__all__ = ["Embedding", "describe_encoder", "encoder_contract", "load_encoder", "save_encoder"]
+__all__ = [
+    "Embedding",
+    "describe_encoder",
+    "encoder_contract",
+    "load_encoder",
+    "load_random_twin",
+    "save_encoder",
+    "save_random_twin",
+]
 
 Embedding = Literal["default", "self-vit-mil"]
 
@@ -65,6 +73,41 @@ def load_encoder(
     sha256 = sha256 or state_sha256(network.state_dict())
     encoder = NetworkEncoder(replace(contract, sha256=sha256), network, dtype=_DTYPES[dtype])
     return encoder.requires_grad_(False).to(device).eval()
+
+
+def load_random_twin(
+    name: str,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    embedding: Embedding = "default",
+) -> Encoder | None:
+    """The network of that encoder with random weights: the same architecture, input and pooling, and nothing learned.
+
+    None where there is no such thing: `texture` has no weights, and a `random:` encoder is one itself. Raises as `load_encoder`.
+    """
+    request = None if name == TEXTURE.name else resolve(name)
+    if request is None or request.seed is not None:
+        return None
+    contract = replace(request.entry.contract, name=f"random:{request.entry.contract.architecture}:{seed}", sha256="")
+    twin = Request(replace(request.entry, contract=contract), seed=seed)
+    network = _network(twin, None)
+    contract = replace(_completed(twin, network, embedding), sha256=state_sha256(network.state_dict()))
+    return NetworkEncoder(contract, network, dtype=_DTYPES[dtype]).requires_grad_(False).to(device).eval()
+
+
+def save_random_twin(name: str, folder: str | Path, *, seed: int = 0) -> Path:
+    """Write the random twin of an encoder as an encoder folder, for `extract --encoder`: what does its training add?
+
+    Raises:
+        EncoderError: there is no such thing, or the encoder cannot be had.
+    """
+    twin = load_random_twin(name, seed=seed)
+    if not isinstance(twin, NetworkEncoder):
+        raise EncoderError(f"encoder {name} has no weights to randomise")
+    contract = replace(twin.contract, name="random-twin", local=False, sha256="")
+    return save_encoder(folder, twin.network, contract, model_args=resolve(name).entry.model_args)
 
 
 def encoder_contract(name: str, *, embedding: Embedding = "default") -> EncoderContract:

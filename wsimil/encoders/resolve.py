@@ -247,7 +247,17 @@ def _own_contract(facts: Mapping[str, Any], name: str) -> EncoderContract:
         pooling=pooling,
         sha256=str(facts.get("sha256", "")),
         licence=str(facts.get("licence", "")),
+        **_seen(facts.get("how_trained")),
     )
+
+
+def _seen(how_trained: Any) -> dict[str, Any]:
+    """What an encoder pretrained here says of its slides; nothing of others."""
+    slides = how_trained.get("slides") if isinstance(how_trained, Mapping) else None
+    if not isinstance(slides, Mapping):
+        return {}
+    seen = frozenset(str(content) for content in slides.values() if content)
+    return {"seen_slides": seen, "transductive": bool(how_trained.get("transductive"))}
 
 
 def _three(facts: Mapping[str, Any], key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:

@@ -1,0 +1,177 @@
+"""What can be drawn: the tissue cells of every slide, found once, before any training.
+
+- The ordinary tiling finds them, in an ordinary job folder: the same tissue, pen and polygon rules, status rows, overview
+  pictures and resume; features may be extracted into the same folder later.
+- Slides that failed or hold no tissue are left out, each with a reason; where more than a tenth failed, nothing begins.
+- An index has a hash of everything that the draws depend on: a run goes on only with the index that it began with.
+- A folder of tile pictures is an index, too: each of its folders is a group that stands for a slide.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from wsimil.bags.bag import read_patches
+from wsimil.config import JobConfig, TileConfig
+from wsimil.errors import UsageError, WsimilError
+from wsimil.extraction.job import Job, Row
+from wsimil.extraction.tile import tile_slides
+from wsimil.files import IMAGE_SUFFIXES, hash_of, slide_id_from_path
+from wsimil.slides.cohort import SlideFile, find_slides
+
+__all__ = ["MAX_FAILED", "IndexedSlide", "TileIndex", "index_slides", "index_tiles"]
+
+MAX_FAILED = 0.1
+"""Largest share of slides that a run can do without."""
+
+_PICTURES = (*IMAGE_SUFFIXES, ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class IndexedSlide:
+    """A slide and where on it there is tissue; or a folder of pictures, each of them a cell of its own."""
+
+    slide_id: str
+    file: SlideFile  # of pictures: the folder that their names are below
+    mpp: float  # µm/px of level 0
+    cells_level0_px: np.ndarray  # (n, 2) int64, top-left corners
+    cell_level0_px: float  # side of a cell
+    width: int  # level-0 pixels
+    height: int
+    pictures: tuple[str, ...] = ()  # (n,) names below `file.path`; none for a slide
+
+    @property
+    def area(self) -> float:
+        """Of tissue, mm²; of pictures, their number."""
+        if self.pictures:
+            return float(len(self.pictures))
+        return len(self.cells_level0_px) * (self.cell_level0_px * self.mpp / 1000) ** 2
+
+
+@dataclass(frozen=True)
+class TileIndex:
+    """Slides with tissue, sorted by id."""
+
+    slides: tuple[IndexedSlide, ...]
+    hash: str
+    left_out: tuple[tuple[str, str], ...] = ()  # slide_id, why
+
+    @property
+    def n_cells(self) -> int:
+        return sum(len(slide.cells_level0_px) for slide in self.slides)
+
+
+def index_slides(
+    slides: str | Path,
+    out: str | Path,
+    *,
+    tile: TileConfig | None = None,
+    job: JobConfig | None = None,
+    only: Collection[str] | None = None,
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> TileIndex:
+    """Tile slides into the job folder `out`, or read back what is there.
+
+    Args:
+        slides: folder, slide, or CSV (`slide`, optional `slide_id`, `mpp`).
+        tile: cells are `tile_px` at `mpp`, with at least `min_tissue`.
+        only: ids of the slides to take (the training slides of a fold); None takes all. Others are not opened.
+        say: receives a line about slides that are left out.
+
+    Raises:
+        UsageError: no slide, an id in `only` that is not there, or no tissue on any slide.
+        WsimilError: more than a tenth of the slides failed.
+    """
+    tile, job = tile or TileConfig(), replace(job or JobConfig(), shard=None)
+    files = {file.slide_id: file for file in find_slides(slides)}
+    if only is not None and (absent := sorted(set(only) - files.keys())):
+        raise UsageError(f"{slides}: {len(absent)} slides of the split are not there: {_some(absent)}")
+    rows = tile_slides(slides, out, config=tile, job=job, only=only, quiet=quiet)
+    failed = [row for row in rows if row.status == "failed"]
+    if len(failed) > MAX_FAILED * len(rows):
+        raise WsimilError(
+            f"{len(failed)} of {len(rows)} slides failed, more than a tenth: "
+            f"{_some([f'{row.slide_id} ({row.reason})' for row in failed])}; mend them or leave them out of the slide table"
+        )
+    left_out = tuple((row.slide_id, row.reason) for row in rows if row.n_tiles == 0)
+    if left_out:
+        say(f"{len(left_out)} of {len(rows)} slides left out: {_some([f'{name} ({reason})' for name, reason in left_out])}")
+    folder = Job(Path(out)).geometry_folder(tile.mpp, tile.tile_px, tile.overlap_px) / "patches"
+    found = [_read_cells(folder, files[row.slide_id], row) for row in rows if row.n_tiles > 0]
+    if not found:
+        raise UsageError(f"{slides}: no tissue on any of the {len(rows)} slides; look at {Path(out) / 'overviews'}")
+    return TileIndex(tuple(slide for slide, _ in found), hash_of([identity for _, identity in found]), left_out)
+
+
+def _read_cells(folder: Path, file: SlideFile, row: Row) -> tuple[IndexedSlide, list[str]]:
+    """A tiled slide, and what it is known by."""
+    coords, _, attributes = read_patches(folder / f"{row.slide_id}_patches.h5")
+    slide = IndexedSlide(
+        row.slide_id,
+        file,
+        mpp=float(attributes["mpp"]),
+        cells_level0_px=np.asarray(coords, np.int64),
+        cell_level0_px=float(attributes["tile_level0_px"]),
+        width=int(attributes["level0_width"]),
+        height=int(attributes["level0_height"]),
+    )
+    return slide, [row.slide_id, attributes["slide_fingerprint"], attributes["recipe_hash"]]
+
+
+def index_tiles(folder: str | Path, *, tile_px: int, mpp: float, only: Collection[str] | None = None) -> TileIndex:
+    """Index a folder of tile pictures; pictures of one folder are a group, in place of a slide.
+
+    Pictures of another size are brought to `tile_px`, the largest square in their middle. A group's name is made as a
+    slide's id is; pictures that lie in `folder` itself are a group of its name. The hash is of names and file sizes: a million
+    pictures are not read for it.
+
+    Args:
+        mpp: µm/px that the pictures were cut at. Nothing is resampled to it; encoders carry it on.
+        only: names of the groups to take; None takes all.
+
+    Raises:
+        UsageError: no picture, or a name in `only` that is not there.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"{root}: no such folder")
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for place, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        below = PurePosixPath(Path(place).relative_to(root).as_posix())
+        name = slide_id_from_path(below) if below.name else root.resolve().name
+        pictures = sorted(name for name in names if not name.startswith(".") and name.lower().endswith(_PICTURES))
+        if pictures:
+            groups.setdefault(name, []).extend(
+                (str(below / picture), os.path.getsize(Path(place, picture))) for picture in pictures
+            )
+    if not groups:
+        raise UsageError(f"{root}: no picture in it (looked for {' '.join(_PICTURES)})")
+    if only is not None:
+        if absent := sorted(set(only) - groups.keys()):
+            raise UsageError(f"{root}: {len(absent)} groups of the split are not there: {_some(absent)}")
+        groups = {name: pictures for name, pictures in groups.items() if name in only}
+    slides = tuple(
+        IndexedSlide(
+            name,
+            SlideFile(root, name, name, mpp),
+            mpp=mpp,
+            cells_level0_px=np.zeros((len(pictures), 2), np.int64),
+            cell_level0_px=float(tile_px),
+            width=tile_px,
+            height=tile_px,
+            pictures=tuple(picture for picture, _ in pictures),
+        )
+        for name, pictures in sorted(groups.items())
+    )
+    return TileIndex(slides, hash_of({"tile_px": tile_px, "mpp": mpp, "groups": groups}))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
