@@ -2,6 +2,7 @@
 
 Every stage of the command line is a function here:
 
+    pretrain(slides, encoder)               an encoder, without labels
     extract_features(slides, job)           bags of features, one HDF5 file per slide
     train(job, labels, run)                 one model per fold and seed
     predict(job, run, predictions)          predictions.csv and tile scores
@@ -23,17 +24,22 @@ if TYPE_CHECKING:
     from wsimil.bags.dataset import BagFolder
     from wsimil.batch import Aggregator, BagBatch, BagOutput, Objective, pack
     from wsimil.config import Settings, read_settings
+    from wsimil.conversion import convert_bags
     from wsimil.encoders import load_encoder
     from wsimil.errors import WsimilError
     from wsimil.evaluation import evaluate_predictions, write_evaluation
     from wsimil.extraction import extract_features, tile_slides
     from wsimil.heatmaps import draw_heatmaps
     from wsimil.prediction import predict
+    from wsimil.pretraining import pretrain
+    from wsimil.probing import probe
     from wsimil.report import write_report
+    from wsimil.retrieval import search
     from wsimil.slides.slide import Slide
     from wsimil.study import run_study
     from wsimil.task import Task
     from wsimil.training import load_model, train
+    from wsimil.validation import validate_bags
 
 _HOMES = {
     "AGGREGATORS": "aggregators",
@@ -46,6 +52,7 @@ _HOMES = {
     "Slide": "slides.slide",
     "Task": "task",
     "WsimilError": "errors",
+    "convert_bags": "conversion",
     "draw_heatmaps": "heatmaps",
     "evaluate_predictions": "evaluation",
     "extract_features": "extraction",
@@ -54,11 +61,15 @@ _HOMES = {
     "make_aggregator": "aggregators",
     "pack": "batch",
     "predict": "prediction",
+    "pretrain": "pretraining",
+    "probe": "probing",
     "read_bag": "bags.bag",
     "read_settings": "config",
     "run_study": "study",
+    "search": "retrieval",
     "tile_slides": "extraction",
     "train": "training",
+    "validate_bags": "validation",
     "write_evaluation": "evaluation",
     "write_report": "report",
 }
@@ -74,6 +85,7 @@ __all__ = [
     "Slide",
     "Task",
     "WsimilError",
+    "convert_bags",
     "draw_heatmaps",
     "evaluate_predictions",
     "extract_features",
@@ -82,11 +94,15 @@ __all__ = [
     "make_aggregator",
     "pack",
     "predict",
+    "pretrain",
+    "probe",
     "read_bag",
     "read_settings",
     "run_study",
+    "search",
     "tile_slides",
     "train",
+    "validate_bags",
     "write_evaluation",
     "write_report",
 ]
