@@ -55,7 +55,7 @@ def cross_validate(
         own = replace(settings, split=replace(settings.split, seed=repeat), train=replace(settings.train, seed=repeat))
         train(bags, labels, run, settings=own, quiet=True)
         predictions = predict(bags, run, out / f"predictions{repeat}", config=own.predict, quiet=True)
-        tables.append(predictions.assign(repeat=repeat))
+        tables.append(predictions[predictions["split"] == "test"].assign(repeat=repeat))  # others have no label
     return pd.concat(tables, ignore_index=True)
 
 

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from wsimil.slides.write_tiff import write_slide
+
+settings.register_profile("suite", max_examples=40, deadline=None)  # a machine under load is slow, not wrong
+settings.load_profile("suite")
 
 
 def speckled(width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -17,13 +21,16 @@ def speckled(width: int, height: int, seed: int = 0) -> np.ndarray:
     return np.clip(np.array([190, 120, 170]) + coarse, 0, 255).astype(np.uint8)
 
 
-@pytest.fixture
-def slides(tmp_path: Path) -> Path:
+def write_three(folder: Path) -> Path:
     """Three small slides: whole tissue at .5 and at .25 µm/px, and bare glass."""
-    folder = tmp_path / "slides"
     folder.mkdir()
     write_slide(folder / "a.tiff", speckled(600, 400, 1), mpp=0.5, compression="deflate", downsamples=(1, 4))
     write_slide(folder / "b.tiff", speckled(1024, 768, 2), mpp=0.25, compression="deflate", downsamples=(1, 4))
     glass = np.full((700, 700, 3), 240, np.uint8)
     write_slide(folder / "glass.tiff", glass, mpp=0.5, compression="deflate", downsamples=(1, 4))
     return folder
+
+
+@pytest.fixture
+def slides(tmp_path: Path) -> Path:
+    return write_three(tmp_path / "slides")

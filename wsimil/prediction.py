@@ -2,6 +2,7 @@
 
 - A slide of the cohort is predicted only by the folds where it is in test; a new slide by the mean of all folds.
 - Slides without tiles, and slides that failed, have a row that says so: no slide is lost on the way to the metrics.
+- A slide that the encoder was pretrained on is marked in its row, so that whoever has only the table knows.
 - Bags of another encoder than the model's are refused; tiles are filtered as the model's were, never otherwise.
 """
 
@@ -24,6 +25,7 @@ from wsimil.bags.splits import read_splits, splits_hash
 from wsimil.batch import BagBatch, BagOutput, pack
 from wsimil.config import FilterConfig, PredictConfig, Settings, save_settings
 from wsimil.errors import EncoderMismatchError, UsageError
+from wsimil.evaluation.table import SEEN
 from wsimil.extraction.extract import resolve_device
 from wsimil.extraction.job import Row, slides_of_job
 from wsimil.files import atomic_path, file_sha256, hash_of, sweep_temporary_files
@@ -83,6 +85,8 @@ def predict(
         row = run.describe(slide_ids, bag_folder, statuses) | {"fold": fold, "split": split}
         if config.bag == "patient":
             row["slide_id"] = name
+        if any(bag_folder.headers[slide_id].attributes.get("encoder_saw_slide") for slide_id in slide_ids):
+            row[SEEN] = "1"
         filled = [slide_id for slide_id in slide_ids if bag_folder.n_valid(slide_id) > 0]
         if not filled:
             rows.append(row | {"status": "empty"})
@@ -99,7 +103,8 @@ def predict(
     for path in (Path(out) / "scores").glob("*.h5"):
         if path.stem not in written:  # of an earlier prediction of other slides
             path.unlink()
-    table = pd.DataFrame(rows, columns=_columns(run.task)).sort_values("slide_id", ignore_index=True)
+    columns = _columns(run.task) + ([SEEN] if any(SEEN in row for row in rows) else [])
+    table = pd.DataFrame(rows, columns=columns).sort_values("slide_id", ignore_index=True)
     save_settings(Path(out) / "config.yaml", Settings(predict=config), ["predict"])
     with atomic_path(Path(out) / "predictions.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.6g")

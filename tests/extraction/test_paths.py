@@ -10,12 +10,13 @@ import pytest
 from conftest import speckled
 
 from wsimil.bags.bag import read_bag
-from wsimil.config import ExtractConfig, TileConfig
+from wsimil.config import ExtractConfig, JobConfig, TileConfig
 from wsimil.extraction import extract_features
 from wsimil.slides.direct import DCT_RESAMPLER
 from wsimil.slides.slide import RESAMPLER
 from wsimil.slides.write_tiff import write_slide
 
+ONE = JobConfig(workers=1)  # a reader takes longer to start than these slides take
 KINDS = {
     "420": {"compression": "jpeg"},
     "422": {"vendor": "aperio", "compression": "jpeg", "chroma": "4:2:2", "tile_px": 240},
@@ -74,13 +75,13 @@ def test_both_ways_give_equal_bags_and_the_manifest_says_which_was_taken(
     cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tile, extract = TileConfig(tile_px=64), ExtractConfig(batch_size=1)  # batches of several slides differ in rounding
-    extract_features(cohort, tmp_path / "direct", tile=tile, extract=extract, quiet=True)
+    extract_features(cohort, tmp_path / "direct", tile=tile, extract=extract, job=ONE, quiet=True)
     assert not remarks(tmp_path / "direct")
 
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(WRONG_BY_ONE)
     monkeypatch.syspath_prepend(tmp_path / "hook")  # readers get it
-    extract_features(cohort, tmp_path / "plain", tile=tile, extract=extract, quiet=True)
+    extract_features(cohort, tmp_path / "plain", tile=tile, extract=extract, job=ONE, quiet=True)
     said = remarks(tmp_path / "plain")
     assert said.keys() == bags(tmp_path / "plain").keys() == bags(tmp_path / "direct").keys() and len(said) == 12
     assert all("differs from OpenSlide's by up to" in lines[0] for lines in said.values())
@@ -98,8 +99,8 @@ def test_both_ways_give_equal_bags_and_the_manifest_says_which_was_taken(
 def test_decoding_at_half_size_is_another_recipe_and_recorded(cohort: Path, tmp_path: Path) -> None:
     tile = TileConfig(tile_px=64)
     slide = cohort / "420-0.25.svs"
-    extract_features(slide, tmp_path / "exact", tile=tile, quiet=True)
-    extract_features(slide, tmp_path / "dct", tile=tile, extract=ExtractConfig(decode="dct"), quiet=True)
+    extract_features(slide, tmp_path / "exact", tile=tile, job=ONE, quiet=True)
+    extract_features(slide, tmp_path / "dct", tile=tile, extract=ExtractConfig(decode="dct"), job=ONE, quiet=True)
     exact, dct = (read_bag(bags(tmp_path / job)["420-0.25"]) for job in ("exact", "dct"))
     assert (exact.attributes["resampler"], dct.attributes["resampler"]) == (RESAMPLER, DCT_RESAMPLER)
     assert exact.attributes["recipe_hash"] != dct.attributes["recipe_hash"]
@@ -107,5 +108,5 @@ def test_decoding_at_half_size_is_another_recipe_and_recorded(cohort: Path, tmp_
     assert 0 < difference < 0.5
 
     native = cohort / "420-0.5.svs"  # nothing to halve: decoded exactly, whatever was asked
-    extract_features(native, tmp_path / "native", tile=tile, extract=ExtractConfig(decode="dct"), quiet=True)
+    extract_features(native, tmp_path / "native", tile=tile, extract=ExtractConfig(decode="dct"), job=ONE, quiet=True)
     assert read_bag(bags(tmp_path / "native")["420-0.5"]).attributes["resampler"] == RESAMPLER

@@ -194,6 +194,11 @@ def test_slides_that_the_splits_do_not_name_stay_out(tiles: Path, tmp_path: Path
     assert any("do not name" in line for line in said)
 
 
+def test_labels_of_test_slides_are_never_learned(tiles: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="would learn those of the test slides"):
+        pretrain(tiles, tmp_path / "run", settings=settings(method="weak", transductive=True), quiet=True)
+
+
 def test_transductive_is_written_down(tiles: Path, tmp_path: Path, readers) -> None:
     splits = tmp_path / "splits.csv"
     splits.write_text(SPLITS + "0,a,p1,,train\n0,b,p2,,val\n0,c,p3,,test\n")
@@ -331,11 +336,15 @@ def test_a_later_signal_interrupts_at_once_and_the_same_notice_twice_does_not(mo
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_two_processes_learn_what_one_learns_with_twice_the_batch(tiles: Path, tmp_path: Path, readers) -> None:
-    """The same tiles, and sums over both: losses differ by the order of additions only."""
+def test_two_processes_learn_what_one_learns_with_twice_the_batch(
+    tiles: Path, tmp_path: Path, readers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tiles, and sums over both: losses differ by the order of additions only. As a single task of a SLURM job, too."""
     options = ("spread=none", "centring=sinkhorn")
     one = pretrain(tiles, tmp_path / "one", settings=settings(steps=4, options=options), quiet=True)
     asked = replace(settings(steps=4, options=options, devices=2), job=JobConfig(workers=2))
+    for name in ("NTASKS=1", "JOB_NAME=pretrain", "JOB_ID=1", "PROCID=0", "LOCALID=0", "NODEID=0"):
+        monkeypatch.setenv(*f"SLURM_{name}".split("="))
     both = pretrain(tiles, tmp_path / "two", settings=asked, quiet=True)
     assert both.step == one.step == 4
     losses = [[float(row["loss"]) for row in read_table(run.folder / "log.csv")] for run in (one, both)]

@@ -102,22 +102,25 @@ class Bagged:
                 yield row, pixels, [(disc, centre) for disc, centre in found if centre is not None]
 
 
-NAMES = [f"{kind}_{mpp:g}" for kind in KINDS for mpp in SCANNERS_MPP]
-DRAWN = [f"{kind}_{mpp:g}" for kind, mpp in zip([*KINDS] * 2, [*SCANNERS_MPP, *SCANNERS_MPP[:2]], strict=True)]
+# every scanner once without bounds and once with them; of these, a slide of each kind is tiled with overlap too
+PLAIN = [f"{kind}_{mpp:g}" for kind, mpp in zip(["aperio", "generic"] * 3, SCANNERS_MPP, strict=True)]
+BOUNDED = [f"{kind}_{mpp:g}" for kind, mpp in zip(["leica-odd", "leica"] * 3, SCANNERS_MPP, strict=True)]
+NAMES = [*PLAIN, *BOUNDED]
+DRAWN = [PLAIN[0], PLAIN[3], BOUNDED[1], BOUNDED[4]]
 CASES = [*((name, 224, 0) for name in NAMES), *((name, 160, 53) for name in DRAWN)]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 drawn_cases = pytest.mark.parametrize(
-    "case", CASES[-len(DRAWN) :] + [(name, 224, 0) for name in DRAWN[::3]], ids=lambda case: "-".join(map(str, case))
+    "case", CASES[-len(DRAWN) :] + [(name, 224, 0) for name in (PLAIN[2], BOUNDED[5])], ids=lambda case: "-".join(map(str, case))
 )
 
 
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, rgb = tmp_path_factory.mktemp("slides"), picture()
-    for kind, options in KINDS.items():
-        for mpp in SCANNERS_MPP:
-            suffix = {"aperio": "svs", "generic": "tiff"}.get(kind, "scn")
-            write_slide(folder / f"{kind}_{mpp:g}.{suffix}", rgb, mpp=mpp, chroma="4:4:4", quality=92, **options)
+    for name in NAMES:
+        kind, mpp = name.rsplit("_", 1)
+        suffix = {"aperio": "svs", "generic": "tiff"}.get(kind, "scn")
+        write_slide(folder / f"{name}.{suffix}", rgb, mpp=float(mpp), chroma="4:4:4", quality=92, **KINDS[kind])
     return folder
 
 
@@ -305,10 +308,9 @@ def test_polygons_of_tiles_carry_their_discs_in_qupaths_frame(case, frame: str, 
     assert content["wsimil"]["origin_level0_px"] == [int(side) for side in np.array(bag.offset) - origin]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_region_drawn_in_qupath_takes_the_tile_under_it(kind: str, slides: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "mpp"), [("aperio", 0.3412), ("generic", 0.4661), ("leica", 0.4661), ("leica-odd", 0.3412)])
+def test_a_region_drawn_in_qupath_takes_the_tile_under_it(kind: str, mpp: float, slides: Path, tmp_path: Path) -> None:
     """Polygons come in and go out in QuPath's frame: the tissue file shows the region where it was drawn."""
-    mpp = 0.3412
     slide = next(slides.glob(f"{kind}_{mpp:g}.*"))
     side = 96 * TARGET_MPP / mpp
     column, row = 9, 6

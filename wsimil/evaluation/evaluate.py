@@ -134,7 +134,8 @@ def compare_predictions(
         - np.stack(list(_values(b, weights).values()), axis=-1),
         a.patient, len(names), n_bootstrap=n_bootstrap, seed=seed,
     )  # fmt: skip
-    notes: dict[str, str] = {}
+    found = {f"leak.encoder.{one}": rows.notes.get("leak.encoder", "") for one, rows in (("a", a), ("b", b))}
+    notes = {path: text for path, text in found.items() if text}
     compared: dict[str, Any] = {}
     for column, name in enumerate(names):
         interval, reason = _interval(replicates[:, column], name, confidence)

@@ -23,12 +23,15 @@ import pandas as pd
 from wsimil.errors import LabelsError, UsageError
 from wsimil.task import Task, facts_of, survival_of
 
-__all__ = ["ENSEMBLE", "KINDS", "Predictions", "check_predictions", "read_predictions"]
+__all__ = ["ENSEMBLE", "KINDS", "SEEN", "Predictions", "check_predictions", "read_predictions"]
 
 KINDS = ("binary", "multiclass", "multilabel", "ordinal", "regression", "proportion", "survival")
 
 ENSEMBLE = "ensemble"
 """The fold of new slides, which the mean of all folds predicts."""
+
+SEEN = "encoder_saw_slide"
+"""Column that is 1 for slides that the encoder was pretrained on; not there where it saw none."""
 
 _STATUSES = ("done", "empty", "failed", "skipped")
 _PREFIX = "prob_"
@@ -132,6 +135,12 @@ def check_predictions(
         slide = rows.loc[repeated, "slide_id"].iloc[0]
         raise UsageError(f"slide {slide} has two rows in fold {rows.loc[repeated, 'fold'].iloc[0]}; keep one")
     counts["n_evaluated"] = _n_slides(rows)
+    seen = _n_slides(rows[rows[SEEN].map(_plain_label).isin(["1", "True"])]) if SEEN in rows else 0
+    if seen:
+        notes["leak.encoder"] = (
+            f"the encoder was pretrained on {seen} of these {counts['n_evaluated']} slides (--transductive, or new slides that it "
+            "knew): results on slides that it has not seen may be worse"
+        )
     return _arrays(rows, kind, classes, counts, notes)
 
 

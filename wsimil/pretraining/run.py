@@ -251,6 +251,8 @@ def _training_ids(
     say: Callable[[str], None],
 ) -> tuple[list[str] | None, dict[str, Any]]:
     """Which slides may be used (None: all), and what the encoder will say about it."""
+    if config.transductive and config.method == "weak":
+        raise UsageError("--method weak learns from labels: with --transductive it would learn those of the test slides")
     if splits is None:
         if config.fold is not None:
             raise UsageError(f"--fold {config.fold} belongs to --splits; pass both or none")
@@ -440,6 +442,7 @@ def _with_steps(plan: Plan, say: Callable[[str], None]) -> Plan:
 
 def _fabric(plan: Plan, *, devices: int) -> Any:
     from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments import LightningEnvironment
     from lightning.fabric.strategies.ddp import DDPStrategy
 
     device = plan.config.device
@@ -449,7 +452,11 @@ def _fabric(plan: Plan, *, devices: int) -> Any:
     if devices > 1:
         # buffers are alike on all devices by themselves, so sending them before each step would be a waste
         strategy = DDPStrategy(start_method="spawn", broadcast_buffers=False)
-    return Fabric(accelerator=kind, devices=[int(number)] if number else devices, strategy=strategy, precision=precision)
+    # processes are started here, also in a job of SLURM, which Lightning would take for the one that starts and numbers them
+    where = LightningEnvironment()
+    return Fabric(
+        accelerator=kind, devices=[int(number)] if number else devices, strategy=strategy, precision=precision, plugins=[where]
+    )
 
 
 def _launch(plan: Plan, say: Callable[[str], None]) -> Outcome:

@@ -27,6 +27,7 @@ table{border-collapse:collapse}td,th{padding:.25rem .8rem;text-align:left;border
 .slides{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:1rem}
 .slides figure{margin:0;border:1px solid #ddd;border-radius:6px;overflow:hidden}.slides img{width:100%;display:block}
 figcaption{padding:.4rem .6rem;font-size:.85rem}.wrong{background:#fdecea}.note{color:#666}
+.leak{background:#fff4ce;padding:.4rem .6rem}
 """
 
 
@@ -45,6 +46,7 @@ def write_report(study: str | Path) -> Path:
     body = [
         f"<h1>{html.escape(study.resolve().name)}</h1>",
         _counts(metrics),
+        _leaks(metrics),
         "<h2>Metrics</h2>",
         _metric_table(metrics),
         _notes(metrics),
@@ -75,6 +77,12 @@ def _counts(metrics: dict[str, Any]) -> str:
     return f"<p>{', '.join(parts)}.</p>"
 
 
+def _leaks(metrics: dict[str, Any]) -> str:
+    """What makes the numbers look better than they are stands above them."""
+    found = [text for path, text in (metrics.get("notes") or {}).items() if path.startswith("leak.")]
+    return "".join(f'<p class="leak">{html.escape(str(text))}</p>' for text in found)
+
+
 def _metric_table(metrics: dict[str, Any]) -> str:
     pooled = metrics.get("pooled", {}).get("metrics", {})
     folds = metrics.get("fold_mean", {}) or {}
@@ -99,7 +107,11 @@ def _interval(entry: dict[str, Any]) -> str:
 
 
 def _notes(metrics: dict[str, Any]) -> str:
-    notes = [f"<li>{html.escape(path)}: {html.escape(str(text))}</li>" for path, text in (metrics.get("notes") or {}).items()]
+    notes = [
+        f"<li>{html.escape(path)}: {html.escape(str(text))}</li>"
+        for path, text in (metrics.get("notes") or {}).items()
+        if not path.startswith("leak.")
+    ]
     return f'<ul class="note">{"".join(notes)}</ul>' if notes else ""
 
 

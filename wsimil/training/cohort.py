@@ -83,15 +83,16 @@ def prepare_cohort(
 
 
 def check_not_seen(bags: BagFolder, splits: pd.DataFrame, folds: Iterable[int]) -> None:
-    """Raises SplitsError if a test slide of these folds was among those that its encoder was pretrained on, unless that was said."""
+    """Raises SplitsError if the encoder was pretrained on a test slide of these folds, unless that was said."""
     for fold in folds:
         sides = splits[(splits["fold"] == fold) & (splits["split"] == "test")]
         attributes = {name: bags.headers[name].attributes for name in sides["slide_id"] if name in bags.headers}
         seen = [name for name, said in attributes.items() if said.get("encoder_saw_slide") and not said.get("encoder_transductive")]
         if seen:
             raise SplitsError(
-                f"fold {fold}: the encoder was pretrained on {len(seen)} of {len(sides)} test slides, {seen[0]} for one; pretrain it with "
-                f"--splits and --fold {fold}, or with --transductive, which says so in every result"
+                f"fold {fold}: the encoder was pretrained on {len(seen)} of {len(sides)} test slides, {seen[0]} for one; train "
+                f"only the fold it was pretrained for (--fold), pretrain one with --splits and --fold {fold}, or with "
+                "--transductive, which says so in every result"
             )
 
 
