@@ -247,7 +247,8 @@ def _pretrain(arguments: argparse.Namespace, settings: Settings, say: Callable[[
         say=say,
     )
     if isinstance(done, Forecast):
-        print(json.dumps(dataclasses.asdict(done)) if arguments.json else f"{done.text()}\nviews: {Path(arguments.out) / 'views.png'}")
+        views = Path(arguments.out) / "views.png"
+        print(json.dumps(dataclasses.asdict(done)) if arguments.json else f"{done.text()}\nviews: {views}")
         return 0
     if arguments.json:
         print(json.dumps({"out": str(done.folder), "step": done.step, "steps": done.recipe.steps, "remark": done.remark}))
@@ -493,7 +494,7 @@ COMMANDS: dict[str, Command] = {
         (
             (("slides",), {"metavar": "SLIDES", "help": "folder, slide or CSV as for tile; or a folder of tile images"}),
             _out("encoder/"),
-            (("--splits",), {"metavar": "CSV", "help": "folds; only training slides of the fold are used (all slides if not given)"}),
+            (("--splits",), {"metavar": "CSV", "help": "folds: only the fold's training slides are used (else all slides)"}),
             (("--labels",), {"metavar": "CSV", "help": "with --method weak: table with `slide` and the target"}),
             (("--dry-run",), {"action": "store_true", "help": "measure, forecast time and waiting, draw views.png, and stop"}),
             _JSON,

@@ -314,7 +314,7 @@ class PretrainConfig:
     )
     size: Literal["toy", "lab", "multi", "self-vit-mil"] = option(
         "lab",
-        "preset: toy (CPU, minutes), lab (one GPU, hundreds of slides), multi (several GPUs), self-vit-mil (the published schedule)",
+        "preset: toy (CPU, minutes), lab (one GPU, hundreds of slides), multi (several GPUs), self-vit-mil (as published)",
     )
     arch: str | None = option(None, "timm's name of the network; none: the preset's")
     init: str | None = option(

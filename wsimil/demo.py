@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import shapely
 
@@ -31,7 +32,7 @@ __all__ = ["DEMO_SETTINGS", "HottestTile", "hottest_tiles", "run_demo"]
 
 DEMO_SETTINGS = Settings(
     tile=TileConfig(mpp=0.5, tile_px=128),
-    pretrain=PretrainConfig(method="dino", size="toy", steps=100),
+    pretrain=PretrainConfig(method="dino", size="toy", steps=80),
     split=SplitConfig(folds=4),
     train=TrainConfig(aggregator="gated_abmil", epochs=20, patience=8, hidden=128),
 )
@@ -70,7 +71,8 @@ def run_demo(out: Path, *, n_slides: int = 24, quiet: bool = False, say: Callabl
     say(f"painting {N_ARCHIVE} more into {out / 'archive'}: without labels, for pretraining only")
     write_cohort(out / "archive", n_slides=N_ARCHIVE, seed=_ARCHIVE_SEED)
     say(f"pretrain: a tiny ViT on the archive ({settings.pretrain.method}, {settings.pretrain.steps} steps)")
-    own = pretrain(out / "archive" / "slides", out / "encoder", settings=settings, quiet=quiet, say=say).folder
+    pretrain(out / "archive" / "slides", out / "encoder", settings=settings, quiet=quiet, say=say)
+    own = out / "encoder"
     encoders = {
         "pretrained here, without labels": str(own),
         "the same network, random weights": str(save_random_twin(str(own), out / "encoder-random")),
@@ -93,7 +95,7 @@ def run_demo(out: Path, *, n_slides: int = 24, quiet: bool = False, say: Callabl
             rows = predict(folder, run, predictions, quiet=True)
         tiles = hottest_tiles(predictions, rows, cohort / "truth")
         done = rows[rows["status"] == "done"]
-        area = float(auroc((done["label"] == "tumour").to_numpy(), done["prob_tumour"].to_numpy()))
+        area = float(auroc(np.asarray(done["label"] == "tumour"), np.asarray(done["prob_tumour"])))
         hits = f"{sum(tile.on_tumour for tile in tiles)} of {len(tiles)}"
         lines.append({"encoder": name, "AUROC": f"{area:.3f}", "hottest tile on the tumour": hits})
     hottest = hottest_tiles(study.folder / "predictions", study.predictions, cohort / "truth")

@@ -190,8 +190,9 @@ def _find_tissue(picture: np.ndarray, mpp: float, slide: Slide, config: TileConf
 def too_small(tiled: TiledSlide, config: TileConfig) -> str:
     """Why a slide has no tile. A slide without polygons of the classes asked for is no fault: a normal slide has no tumour."""
     side = tiled.tiles.tile_level0_px
-    if min(tiled.geometry.level0_width, tiled.geometry.level0_height) < side:
-        return f"{tiled.geometry.level0_width}×{tiled.geometry.level0_height} px: smaller than one tile of {side:.0f} px"
+    width, height = tiled.geometry.level0_width, tiled.geometry.level0_height
+    if width is not None and height is not None and min(width, height) < side:
+        return f"{width}×{height} px: smaller than one tile of {side:.0f} px"
     if (roi := roi_file(config, tiled.geometry.name)) is None:
         return "no tissue"
     names = {name for name, _ in read_rois(roi)}

@@ -442,7 +442,7 @@ def _with_steps(plan: Plan, say: Callable[[str], None]) -> Plan:
 
 def _fabric(plan: Plan, *, devices: int) -> Any:
     from lightning.fabric import Fabric
-    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
     from lightning.fabric.strategies.ddp import DDPStrategy
 
     device = plan.config.device
