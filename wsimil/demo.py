@@ -105,6 +105,7 @@ def run_demo(out: Path, *, n_slides: int = 24, quiet: bool = False, say: Callabl
     print()
     print(f"AUROC of held-out slides: {area['value']:.3f} (95 % interval {area['low']:.3f} to {area['high']:.3f})")
     print(f"a blind guess of the hottest tile would hit the tumour in {blind:.0%} of the slides")
+    print("painted tissue is told apart by random weights, too; for real tiles see pipelines/results/ssl_probe.md")
     print(f"encoder:  {own} (for --encoder), {own / 'health.html'}")
     print(f"heatmaps: {study.folder / 'heatmaps'} (PNG to look at, GeoJSON for QuPath)")
     print(f"report:   {study.folder / 'report.html'}")
