@@ -144,7 +144,7 @@ def test_counting_reads_no_features(tmp_path, monkeypatch):
     write(tmp_path, make_bag("a"))
     monkeypatch.setattr("wsimil.hdf5.StoredRows.read_into", lambda *_: pytest.fail("the features were read"))
     assert BagFolder(tmp_path, filter=FilterConfig(qc_blur=0.4)).n_valid("a") == 3
-    monkeypatch.setattr("wsimil.bags.dataset.read_scores", lambda path: pytest.fail("the scores were read"))
+    monkeypatch.setattr("wsimil.bags.bag.read_scores", lambda path: pytest.fail("the scores were read"))
     assert BagFolder(tmp_path).n_valid("a") == 5
 
 
