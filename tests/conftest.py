@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from wsimil.slides.write_tiff import write_slide
 
-settings.register_profile("suite", max_examples=40, deadline=None)  # a machine under load is slow, not wrong
+settings.register_profile("suite", max_examples=20, deadline=None)  # a machine under load is slow, not wrong
 settings.load_profile("suite")
 
 

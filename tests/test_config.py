@@ -256,7 +256,7 @@ def values_of(section: type) -> st.SearchStrategy:
     return st.fixed_dictionaries({}, optional=choices).map(lambda values: section(**values))
 
 
-@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])  # shrinking six dozen settings takes minutes
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])  # shrinking six dozen settings takes minutes
 @given(st.fixed_dictionaries({name: values_of(section) for name, section in SECTIONS.items()}).map(lambda parts: Settings(**parts)))
 def test_saved_settings_read_back_the_same(tmp_path_factory, chosen):
     path = tmp_path_factory.mktemp("settings") / "config.yaml"
