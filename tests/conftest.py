@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import numpy as np
-import pytest
-from hypothesis import settings
+# a worker per core already: threads of theirs would wait for each other in busy loops, ten times as long as the work takes
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
 
-from wsimil.slides.write_tiff import write_slide
+import numpy as np  # noqa: E402 (numbers of threads are read when these are imported)
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from wsimil.slides.write_tiff import write_slide  # noqa: E402
 
 settings.register_profile("suite", max_examples=20, deadline=None)  # a machine under load is slow, not wrong
 settings.load_profile("suite")

@@ -84,7 +84,8 @@ def run_demo(out: Path, *, n_slides: int = 24, quiet: bool = False, say: Callabl
     used = replace(settings, extract=ExtractConfig(encoder=(str(own),)))
     study = run_study(cohort / "slides", cohort / "labels.csv", out / "study", settings=used, quiet=quiet, say=say)
 
-    lines = []
+    lines: list[dict[str, str]] = []
+    hottest: list[HottestTile] = []  # of the study
     for name, folder in zip(encoders, bags, strict=True):
         if name == next(iter(encoders)):
             predictions, rows = study.folder / "predictions", study.predictions
@@ -94,11 +95,11 @@ def run_demo(out: Path, *, n_slides: int = 24, quiet: bool = False, say: Callabl
             predictions = run / "predictions"
             rows = predict(folder, run, predictions, quiet=True)
         tiles = hottest_tiles(predictions, rows, cohort / "truth")
+        hottest = hottest or tiles
         done = rows[rows["status"] == "done"]
         area = float(auroc(np.asarray(done["label"] == "tumour"), np.asarray(done["prob_tumour"])))
         hits = f"{sum(tile.on_tumour for tile in tiles)} of {len(tiles)}"
         lines.append({"encoder": name, "AUROC": f"{area:.3f}", "hottest tile on the tumour": hits})
-    hottest = hottest_tiles(study.folder / "predictions", study.predictions, cohort / "truth")
     blind = sum(tile.tumour_share for tile in hottest) / max(1, len(hottest))
     area = study.metrics["pooled"]["metrics"]["auroc"]
     print(pd.DataFrame(lines).to_string(index=False))

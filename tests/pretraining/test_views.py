@@ -303,14 +303,14 @@ def test_normalisation_comes_last():
 
 def test_masks_follow_from_the_number_and_are_spread_evenly():
     recipe = replace(MAE_VIEWS, global_px=64)
-    made = mae_images(tissue(side=80), NUMBERS, seed=0, recipe=recipe, patch_px=16)
-    again = mae_images(tissue(side=80)[1:2], NUMBERS[1:2], seed=0, recipe=recipe, patch_px=16)
+    made = mae_images(tissue(side=80), NUMBERS, seed=0, recipe=recipe)
+    again = mae_images(tissue(side=80)[1:2], NUMBERS[1:2], seed=0, recipe=recipe)
     assert made.images.shape == (4, 3, 64, 64)
     assert made.scores.shape == (4, 16)
     assert torch.equal(made.scores[1:2], again.scores)
     torch.testing.assert_close(made.images[1:2], again.images)
     assert len({tuple(row.tolist()) for row in made.scores}) == 4
-    many = mae_images(tissue(1, 20).repeat(600, 0), np.arange(600), seed=0, recipe=recipe, patch_px=16).scores
+    many = mae_images(tissue(1, 20).repeat(600, 0), np.arange(600), seed=0, recipe=recipe).scores
     seen_first = many.argsort(1)[:, :4].flatten().bincount(minlength=16)
     assert seen_first.min() > 100  # of 150 on average
 

@@ -69,7 +69,14 @@ class TrainableViT(nn.Module):
 
 
 def trainable_vit(
-    architecture: str, *, init: str | None, tile_px: int, drop_path: float = 0.0, depth: int | None = None, seed: int = 0
+    architecture: str,
+    *,
+    init: str | None,
+    tile_px: int,
+    drop_path: float = 0.0,
+    depth: int | None = None,
+    patch_px: int | None = None,
+    seed: int = 0,
 ) -> TrainableViT:
     """The ViT of that timm name, in float32 and eval mode, every parameter trainable.
 
@@ -79,13 +86,14 @@ def trainable_vit(
         tile_px: side of the whole tiles; position embeddings are kept for it.
         drop_path: share of the residual branches left out in training, growing linearly to this at the last block.
         depth: number of blocks, where it is not the architecture's own.
+        patch_px: side of a patch, likewise; weights have to be of such patches.
 
     Raises:
         EncoderError: timm does not know the architecture, it is no ViT with a class token, or `init` is of another one.
         EncoderWeightsError: the weights of `init` cannot be had or do not fit.
     """
     own = {"img_size": tile_px, "dynamic_img_size": True, "global_pool": "token"}
-    own |= {} if depth is None else {"depth": depth}
+    own |= {name: value for name, value in (("depth", depth), ("patch_size", patch_px)) if value is not None}
     plain, left_out = architecture.partition(".")[0], {"drop_path_rate": drop_path}
     if init in (None, "none", "scratch"):
         model_args, start = own, None

@@ -108,14 +108,20 @@ def network_of(recipe: Recipe, *, seed: int) -> TrainableViT | TrainableCNN:
         tile_px=recipe.global_px,
         drop_path=recipe.drop_path,
         depth=recipe.depth or None,
+        patch_px=recipe.patch_px or None,
         seed=seed,
     )
 
 
 def normalised(recipe: Recipe, model: TrainableViT | TrainableCNN) -> Recipe:
-    """The recipe with mean and deviation of the colours: its own, else those of the weights it begins with, else ImageNet's."""
+    """The recipe with mean and deviation of the colours, and with the patches that are hidden.
+
+    Colours are the recipe's own, else those of the weights it begins with, else ImageNet's; patches are the network's.
+    """
     start = model.start
     mean, std = (start.mean, start.std) if start is not None else (IMAGENET_MEAN, IMAGENET_STD)
+    if recipe.method == "mae" and isinstance(model, TrainableViT):
+        recipe = replace(recipe, patch_px=model.patch_px)
     return replace(recipe, mean=recipe.mean or mean, std=recipe.std or std)
 
 
@@ -143,6 +149,7 @@ def view_recipe(recipe: Recipe) -> ViewRecipe:
         n_local=recipe.local_views,
         local_px=recipe.local_px,
         local_scale=recipe.local_scale,
+        patch_px=recipe.patch_px or base.patch_px,
         hed_sigma=recipe.stain_sigma,
         mean=recipe.mean,
         std=recipe.std,

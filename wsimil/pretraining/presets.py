@@ -31,6 +31,7 @@ class Recipe:
     # the network
     arch: str = "vit_small_patch16_224"
     depth: int = 0  # transformer blocks; 0: the architecture's
+    patch_px: int = 0  # side of a ViT's patches; 0: the architecture's
     init: str = "scratch"  # or imagenet, or an encoder
     drop_path: float = 0.1  # of the student
     mean: tuple[float, ...] = ()  # of the colours; none: those of the weights it begins with, else ImageNet's
@@ -206,8 +207,8 @@ def resolve_recipe(config: PretrainConfig, *, n_slides: int) -> Recipe:
     init = {**options, **chosen}.get("init", recipe.init)
     if config.method == "dino" and config.size in ("lab", "multi") and init == "scratch":
         recipe = replace(recipe, base_lr=5e-4, layer_decay=1.0)
-    if "arch" in chosen and "depth" not in options:
-        recipe = replace(recipe, depth=0)  # the preset's depth belongs to the preset's network
+    if "arch" in chosen or init != "scratch":  # depth and patches of a preset belong to its network; weights bring their own
+        recipe = replace(recipe, depth=0, patch_px=0)
     recipe = replace(recipe, **{**options, **chosen})
     if config.precision != "auto":
         recipe = replace(recipe, precision=config.precision)

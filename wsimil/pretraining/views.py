@@ -59,6 +59,7 @@ class ViewRecipe:
     blur_p: tuple[float, float, float] = (0.5, 0.1, 0.3)  # first global view, other global views, local views
     blur_sigma_px: tuple[float, float] = (0.1, 1.8)
     solarise_p: float = 0.0  # of the global views after the first
+    patch_px: int = 16  # side of what is hidden in masked images
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -109,13 +110,12 @@ def mae_images(
     *,
     seed: int,
     recipe: ViewRecipe = MAE_VIEWS,
-    patch_px: int = 16,
     device: torch.device | str = "cpu",
 ) -> MaskedImages:
     """uint8 (B, H, W, 3) → the first global view of each tile, and the random numbers that say which patches are hidden."""
     tiles = _tiles(pixels, device)
     images = _view(tiles, _random(numbers, seed, 1)[:, 0], recipe, 0)
-    n_patches = (recipe.global_px // patch_px) ** 2
+    n_patches = (recipe.global_px // recipe.patch_px) ** 2
     scores = np.stack([_generator(number, seed, 1).random(n_patches, dtype=np.float32) for number in numbers])
     return MaskedImages(images, torch.from_numpy(scores).to(device))
 
