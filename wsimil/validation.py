@@ -20,7 +20,7 @@ import numpy as np
 
 from wsimil.bags.bag import BagHeader
 from wsimil.bags.interop import find_foreign
-from wsimil.bags.interop.layout import Known, Layout, spacing_of
+from wsimil.bags.interop.layout import Known, Layout, rows_of_file, spacing_of
 from wsimil.conversion import find_bags
 from wsimil.errors import BagFormatError, UsageError
 from wsimil.progress import progress
@@ -126,6 +126,8 @@ def _one(header: BagHeader, layout: Layout) -> tuple[Hashable, list[Finding]]:
     stored: Any = np.ascontiguousarray(features).reshape(-1).view(np.uint8)
     content = (features.shape, zlib.crc32(stored))
     _check_features(features, valid, say)
+    if layout.name == "clam" and header.path.suffix == ".h5":
+        findings += _check_tensor(header.path, features)
     coords = header.coords_level0_px.read_checked()
     _check_coords(header, coords, layout, say)
     _check_scale(header, coords, layout, say)
@@ -148,6 +150,28 @@ def _check_features(features: np.ndarray, valid: np.ndarray, say: Any) -> None:
     twice = len(rows) - len(np.unique(rows))
     if twice > _MANY * len(rows):
         say(f"{twice} of {len(rows)} rows are copies of others", "extract again: batches were written twice, or tiles are blank")
+
+
+def _check_tensor(path: Path, features: np.ndarray) -> list[Finding]:
+    """CLAM's features are there twice: we read `h5_files`, CLAM trains from `pt_files`."""
+    copy = path.parent.parent / "pt_files" / f"{path.stem}.pt"
+    if not copy.is_file() and not any(copy.parent.glob("*.pt")):
+        return []  # never made, or not kept
+    if not copy.is_file():
+        what, do = f"not there, though {path.name} is", "CLAM trains from it: extract again, or `wsimil convert --to clam`"
+        return [Finding(str(copy), what, do)]
+    try:
+        tensor = rows_of_file(copy).read()
+    except BagFormatError as error:
+        what = str(error).removeprefix(f"{copy}: ")
+        return [Finding(str(copy), what, "extract again, or `wsimil convert --to clam`, which makes it of h5_files")]
+    if tensor.shape != features.shape:
+        what = f"holds {tensor.shape}, {path.name} {features.shape}"
+    elif not np.array_equal(tensor, features, equal_nan=True):
+        what = f"other features than in {path.name}"
+    else:
+        return []
+    return [Finding(str(copy), what, "not of one run: extract the slide again")]
 
 
 def _check_coords(header: BagHeader, coords: np.ndarray, layout: Layout, say: Any) -> None:

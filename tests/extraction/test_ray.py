@@ -351,6 +351,14 @@ def test_a_cluster_that_loses_a_node_half_way_makes_the_bags_of_the_plain_run(
     size = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000}
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
     job, killed = tmp_path / "job", threading.Event()
+    hand_out = module._Run._hand_out
+
+    def when_both_are_there(self: Any) -> None:  # a node that is slow to start would have nothing in hand yet
+        if killed.is_set() or sum(worker.ready for worker in self._workers.values()) == 2:
+            monkeypatch.setattr(module._Run, "_hand_out", hand_out)
+            hand_out(self)
+
+    monkeypatch.setattr(module._Run, "_hand_out", when_both_are_there)
     try:
         second = cluster.add_node(**size)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)

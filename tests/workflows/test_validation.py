@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from foreign_bags import ENCODER, WRITERS, write_atlaspatch, write_clam, write_stamp, write_torchmil, write_trident
 from toy_bags import write_cohort
 
@@ -215,6 +216,23 @@ def test_pixels_in_the_place_of_stamps_micrometres_are_found(tmp_path):
         content["coords"][:] = content["coords"][:] * 2  # 128 µm are 256 px
     ((name, what),) = found(tmp_path)
     assert name == "b.h5" and what == "tiles are 256 µm apart, but said to be 128 µm wide: the coordinates look like pixels, not µm"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: torch.save(torch.load(path)[:-1], path), "holds (39, 6), b.h5 (40, 6)"),
+        (lambda path: torch.save(torch.load(path) * 2, path), "other features than in b.h5"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), ""),
+        (lambda path: path.unlink(), "not there, though b.h5 is"),
+    ],
+)
+def test_a_tensor_of_clam_that_is_not_its_hdf5_file_is_found(tmp_path, damage, words):
+    write_clam(tmp_path, "a")
+    write_clam(tmp_path, "b")
+    damage(tmp_path / "pt_files" / "b.pt")
+    ((name, what),) = found(tmp_path)
+    assert name == "b.pt" and words in what and str(tmp_path) not in what
 
 
 def test_a_grid_divided_twice_is_found(tmp_path):
