@@ -93,6 +93,15 @@ def test_depth_is_the_asked_one():
     assert vit.model_args["depth"] == 3
 
 
+def test_patches_are_the_asked_ones(tmp_path):
+    fine = small(patch_px=8)
+    assert fine.patch_px == fine.model_args["patch_size"] == 8 and "patch_size" not in small().model_args
+    assert fine.encode_tokens(torch.randn(1, 3, 64, 64)).shape[1] == 64
+    save_file(small().network.state_dict(), tmp_path / "coarse.safetensors")
+    with pytest.raises(EncoderWeightsError, match=r"patch_embed\.proj\.weight"):
+        small(init=str(tmp_path / "coarse.safetensors"), patch_px=8)
+
+
 def test_a_saved_encoder_is_a_start_and_a_trained_one_can_be_saved(tmp_path, tiny, contract, tiles):
     """Out as an encoder folder, in as a start, out again: the same vectors."""
     save_encoder(tmp_path / "first", tiny, contract, model_args=TINY)

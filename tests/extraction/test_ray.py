@@ -339,6 +339,7 @@ def test_a_cluster_that_loses_a_node_half_way_makes_the_bags_of_the_plain_run(
 ) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # other tests take the cores
     ray = pytest.importorskip("ray")
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     slides, tile = tmp_path / "slides", TileConfig(tile_px=64)

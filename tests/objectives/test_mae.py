@@ -8,7 +8,7 @@ from objective_tenants import TinyViT
 from torch import Tensor, nn
 
 from wsimil.errors import ConfigError
-from wsimil.objectives.mae import MaeObjective, MaskedImages, mae_loss, patchify, unpatchify
+from wsimil.objectives.mae import MaeObjective, MaskedImages, _Block, _distances, _positions, mae_loss, patchify, unpatchify
 
 
 def test_patches_are_row_by_row_and_come_back():
@@ -79,6 +79,33 @@ def test_patches_are_painted_where_they_are():
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
     one, other = before[0][mask[0]][:2]  # both hidden: their places alone tell them apart
     assert not torch.allclose(one, other, atol=1e-3)
+
+
+def test_what_is_hidden_begins_as_the_mean_of_what_is_seen():
+    """Without a block that mixes patches, a change of what is seen still reaches what is hidden, everywhere alike."""
+    model, objective = make(decoder_blocks=0)
+    given = batch(0)
+    mask, keep = objective.hide(given.scores)
+    with torch.no_grad():
+        before, after = (objective.predict(model, images, keep) for images in (given.images, given.images + 1))
+        tokens = objective.embed(model.encode_tokens(given.images, keep))
+        hidden = objective.hidden_token + tokens.mean(1, keepdim=True) + _positions(4, 4, 32, torch.device("cpu"))
+    assert (before - after)[mask].abs().amax(-1).min() > 1e-3
+    torch.testing.assert_close(before[mask], objective.paint(objective.norm(hidden))[mask])
+
+
+@pytest.mark.parametrize("dim", [24, 96])  # one head, three heads
+def test_the_decoder_looks_near_first(dim):
+    torch.manual_seed(0)
+    block, distances = _Block(dim), _distances(6, 6, torch.device("cpu"))
+    assert distances[0, 1] == 1 and distances[0, 7] == pytest.approx(2**0.5) and distances[5, 30] == pytest.approx(50**0.5)
+    tokens = torch.randn(8, 36, dim)
+    other = tokens.clone()
+    other[:, 0] += torch.randn(8, dim)
+    with torch.no_grad():
+        change = (block(tokens, distances) - block(other, distances)).abs().mean((0, 2))
+    beside, across = change[1], change[35]
+    assert beside > 10 * across
 
 
 def test_bare_glass_does_not_count():

@@ -72,9 +72,19 @@ def test_learning_rate_follows_the_rule_for_the_batch() -> None:
     assert begun.lr == pytest.approx(1e-4) and begun.layer_decay == 0.7 and scratch[256].layer_decay == 1.0
 
 
-def test_another_network_has_its_own_depth() -> None:
-    assert resolve_recipe(PretrainConfig(size="toy"), n_slides=1).depth == 6
-    assert resolve_recipe(PretrainConfig(size="toy", arch="vit_small_patch16_224"), n_slides=1).depth == 0
+@pytest.mark.parametrize("other", [{"arch": "vit_small_patch16_224"}, {"init": "imagenet"}])
+def test_another_network_and_given_weights_have_their_own_depth_and_patches(other: dict) -> None:
+    toy = resolve_recipe(PretrainConfig(method="mae", size="toy"), n_slides=1)
+    assert (toy.depth, toy.patch_px) == (6, 8) and toy.global_px % toy.patch_px == 0
+    own = resolve_recipe(PretrainConfig(method="mae", size="toy", **other), n_slides=1)
+    assert (own.depth, own.patch_px) == (0, 0)
+    set_too = resolve_recipe(PretrainConfig(method="mae", size="toy", recipe_options=("depth=3", "patch_px=4"), **other), n_slides=1)
+    assert (set_too.depth, set_too.patch_px) == (3, 4)
+
+
+def test_patches_have_to_fill_a_view() -> None:
+    with pytest.raises(ConfigError, match="global_px is 30, patches are 8 px"):
+        resolve_recipe(PretrainConfig(method="mae", size="toy", recipe_options=("global_px=30",)), n_slides=1)
 
 
 @pytest.mark.parametrize(

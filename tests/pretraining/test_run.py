@@ -17,7 +17,7 @@ from PIL import Image
 
 from wsimil.cli import main
 from wsimil.config import JobConfig, PretrainConfig, Settings, TileConfig
-from wsimil.encoders import load_encoder
+from wsimil.encoders import load_encoder, load_random_twin
 from wsimil.errors import SplitsError, UsageError, WsimilError
 from wsimil.files import read_json
 from wsimil.pretraining import Forecast, Pretrained, pretrain
@@ -254,6 +254,17 @@ def test_the_exported_encoder_is_the_one_that_was_trained(method: str, tiles: Pa
     wide = load_encoder(str(run.folder), embedding="self-vit-mil")
     tile = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     assert wide(tile).shape == (2, 5 * 64) and encoder(tile).shape == (2, 64)
+
+
+def test_the_patches_of_a_recipe_come_back_with_the_encoder(tiles: Path, tmp_path: Path, readers) -> None:
+    asked = settings("mae", steps=2, options=("decoder_dim=16", "patch_px=8"))
+    run = pretrain(tiles, tmp_path / "run", settings=asked, quiet=True)
+    described = read_json(run.folder / "encoder.json")
+    assert run.recipe.patch_px == 8 and described["model_args"]["patch_size"] == described["how_trained"]["recipe"]["patch_px"] == 8
+    for encoder in (load_encoder(str(run.folder)), load_random_twin(str(run.folder))):
+        assert encoder.network.patch_embed.patch_size == (8, 8) and encoder.network.pos_embed.shape[1] == 1 + (32 // 8) ** 2
+    painted = torch.load(run.folder / "last.ckpt", weights_only=True)["loop"]["objective"]["paint.weight"]
+    assert len(painted) == 8 * 8 * 3
 
 
 def test_tiles_read_larger_than_the_input_are_said_as_the_network_sees_them() -> None:

@@ -109,6 +109,8 @@ class Recipe:
         for name in ("batch_size", "prototypes", "bottleneck", "hidden", "decoder_dim", "global_px", "panel_tiles"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)}; expected at least 1")
+        if self.patch_px < 0 or (self.patch_px and self.global_px % self.patch_px):
+            raise ConfigError(f"recipe: global_px is {self.global_px}, patches are {self.patch_px} px; expected a multiple of them")
         if not 0 < self.panel_every <= 1:
             raise ConfigError(f"recipe: panel_every is {self.panel_every}; expected a share of the run, more than 0 up to 1")
 
@@ -144,8 +146,9 @@ _DINO: dict[str, dict[str, Any]] = {
 
 _MAE: dict[str, dict[str, Any]] = {
     "toy": {
-        "arch": "vit_tiny_patch16_224", "global_px": 112, "decoder_dim": 96, "batch_size": 64, "base_lr": 1e-3, "lr_batch": 64,
-        "warm_up": 0.1, "precision": "fp32", "tiles": 16_000, "panel_tiles": 512, "panel_every": 0.1,
+        # patches of 16 px of a tile made 112 px wide are larger than a nucleus: what is in one does not follow from its neighbours
+        "arch": "vit_tiny_patch16_224", "depth": 6, "patch_px": 8, "global_px": 96, "global_scale": (0.25, 1.0), "decoder_dim": 96,
+        "batch_size": 16, "lr": 2e-3, "warm_up": 0.1, "precision": "fp32", "tiles": 24_000, "panel_tiles": 512, "panel_every": 0.2,
     },
     "lab": {"base_lr": 6e-4, "max_lr": 2e-3},
     "multi": {
