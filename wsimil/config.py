@@ -74,6 +74,9 @@ class TileConfig:
     roi_exclude: tuple[str, ...] = option(
         ("exclude", "ignore", "artefact", "artifact", "pen"), "with --roi: classes of polygons to cut out, in place of these"
     )
+    coords: str | None = option(
+        None, "folder of <slide_id>.h5 with tile coordinates by CLAM, TRIDENT, AtlasPatch or wsimil: these, in place of a grid"
+    )
     allow_upsampling: bool = option(False, "accept slides more than 10 % coarser than --mpp")
 
     def __post_init__(self) -> None:
@@ -89,6 +92,7 @@ class TileConfig:
             f"tile.slide_mpp is {self.slide_mpp}; expected .05 to 20 µm/px",
         )
         _require(self.roi is not None or not self.roi_include, "tile.roi_include is set, but tile.roi is not: pass --roi too")
+        _require(self.coords is None or self.roi is None, "tile.coords and tile.roi both say where tiles are; pass one of them")
         both = {name.casefold() for name in self.roi_include} & {name.casefold() for name in self.roi_exclude}
         _require(not both, f"tile.roi_include and tile.roi_exclude both name {', '.join(sorted(both))}")
 

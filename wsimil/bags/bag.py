@@ -225,7 +225,9 @@ def _header(path: Path, file: Any) -> BagHeader:
     needed = ("features", "coords", "valid") if ours else ("features", "coords")
     for name in needed:
         if name not in file:
-            raise BagFormatError(f"{path}: no dataset `{name}`; it is no bag of features")
+            only = name == "features" and "coords" in file
+            what = "coordinates only; `wsimil extract --coords` makes a bag of them" if only else "it is no bag of features"
+            raise BagFormatError(f"{path}: no dataset `{name}`; {what}")
     parts = {name: file[name] for name in ("features", "coords", "valid") if name in file}
     _check_parts(path, parts | (_qc_parts(file["qc"]) if "qc" in file else {}))
     if not ours:

@@ -18,14 +18,13 @@ from wsimil.bags.bag import check_bag
 from wsimil.config import TileConfig
 from wsimil.errors import BagFormatError, StaleBagError
 from wsimil.extraction.job import Job
-from wsimil.extraction.tile import TiledSlide, roi_file, tile_recipe, tile_slide
+from wsimil.extraction.tile import TiledSlide, request_of, tile_slide
 from wsimil.files import hash_of
 from wsimil.slides.cohort import SlideFile
 from wsimil.slides.direct import DCT_RESAMPLER
 from wsimil.slides.quality import QUALITY_VERSION, tile_quality
 from wsimil.slides.slide import RESAMPLER, Slide
 from wsimil.slides.stain import SlideStain, StainNormaliser, sample_rows
-from wsimil.slides.tiling import resolve_scale
 
 if TYPE_CHECKING:
     from wsimil.extraction.reader import Reading
@@ -150,8 +149,7 @@ def _fit_stain(reading: Reading, slide: Slide, tiled: TiledSlide, wanted: Wanted
 
 
 def _recipe_hashes(slide: Slide, file: SlideFile, wanted: Wanted) -> tuple[str, ...]:
-    scale = resolve_scale(slide.known_mpp(), wanted.tile.mpp, allow_upsampling=wanted.tile.allow_upsampling)
-    recipe = tile_recipe(wanted.tile, scale, roi_file(wanted.tile, file.slide_id))
+    recipe = dict(request_of(slide, file.slide_id, wanted.tile).recipe)
     if wanted.stain is not None:
         recipe["stain"] = wanted.stain.recipe()
     return tuple(

@@ -2,10 +2,12 @@
 
 - A slide is tiled once for all encoders: coordinates made by the same recipe from the same file are read back.
 - Tissue is published as polygons that QuPath opens; edited ones come back through `--roi`.
+- Tiles that another program has placed (`--coords`) are taken as they are, at the µm/px that they have.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsimil.bags.bag import Geometry, read_patches, write_patches
+from wsimil.bags.places import Places, find_places, read_places
 from wsimil.config import JobConfig, TileConfig
 from wsimil.errors import BagFormatError, SlideError, UsageError
 from wsimil.extraction.engine import Stage, run_slides
@@ -23,13 +26,13 @@ from wsimil.slides.cohort import SlideFile, find_slides
 from wsimil.slides.overview import draw_overview
 from wsimil.slides.polygons import is_of_class, outlines, rasterize, read_rois, sort_rois, to_geojson
 from wsimil.slides.slide import RESAMPLER, Slide
-from wsimil.slides.tiling import Scale, Tiles, resolve_scale, tile_grid
+from wsimil.slides.tiling import Scale, Tiles, resolve_scale, snapped_to, tile_grid, tiles_at
 from wsimil.slides.tissue import TISSUE_VERSION, TissueMask, find_tissue, tissue_mpp
 
 if TYPE_CHECKING:
     from wsimil.extraction.reader import Reading
 
-__all__ = ["TiledSlide", "tile_recipe", "tile_slide", "tile_slides"]
+__all__ = ["Request", "TiledSlide", "request_of", "tile_recipe", "tile_slide", "tile_slides"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,64 @@ def roi_file(config: TileConfig, slide_id: str) -> Path | None:
     return found
 
 
+def coords_file(config: TileConfig, slide_id: str) -> Path | None:
+    """The slide's coordinates by another program; None when none were asked for.
+
+    Raises:
+        SlideError: coordinates were asked for and this slide has none.
+    """
+    if config.coords is None:
+        return None
+    if (found := find_places(Path(config.coords), slide_id)) is None:
+        raise SlideError(f"no coordinates for it: expected {Path(config.coords, f'{slide_id}.h5')}")
+    return found
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of one slide."""
+
+    scale: Scale
+    roi: Path | None
+    places: Places | None  # tiles given, in place of a grid
+    recipe: dict[str, Any]  # all that the coordinates depend on, besides the slide file
+
+
+def request_of(slide: Slide, slide_id: str, config: TileConfig) -> Request:
+    """What is asked of an open slide.
+
+    Raises:
+        ScaleError: µm/px unknown, insane, or too coarse; given tiles are of another scale.
+        SlideError: a file of polygons or coordinates is missing or broken.
+    """
+    scale = resolve_scale(slide.known_mpp(), config.mpp, allow_upsampling=config.allow_upsampling)
+    roi, path, places = roi_file(config, slide_id), coords_file(config, slide_id), None
+    if path is not None:
+        try:
+            places = _fitting(read_places(path), slide, config, path)
+        except BagFormatError as error:
+            raise SlideError(str(error)) from error
+        scale = snapped_to(scale, tile_px=config.tile_px, tile_level0_px=places.tile_level0_px)
+    recipe = tile_recipe(config, scale, roi)
+    return Request(scale, roi, places, recipe if path is None else recipe | {"coords": file_sha256(path)})
+
+
+def _fitting(places: Places, slide: Slide, config: TileConfig, path: Path) -> Places:
+    """Row by row, each tile once, and inside the slide."""
+    coords, side = places.coords_level0_px, places.tile_level0_px
+    inside = (coords >= 0).all(1) & (coords + side <= (slide.width + 0.5, slide.height + 0.5)).all(1)
+    if len(coords) and not inside.any():
+        raise SlideError(f"{path}: no tile lies inside the slide of {slide.width}×{slide.height} px: of another slide?")
+    kept = np.unique(coords[inside][:, ::-1], axis=0)[:, ::-1]  # sorted by y, then x
+    if len(kept) < len(coords):
+        warnings.warn(
+            f"{len(coords) - len(kept)} of {len(coords)} tiles of {path.name} are left out: beyond the edge, or twice", stacklevel=2
+        )
+    return Places(np.ascontiguousarray(kept), side)
+
+
 def tile_recipe(config: TileConfig, scale: Scale, roi: Path | None) -> dict[str, Any]:
-    """Everything the coordinates depend on, besides the slide file."""
+    """Everything the coordinates depend on, besides the slide file and coordinates that are given."""
     recipe = {
         **asdict(scale),
         "tile_px": config.tile_px,
@@ -79,12 +138,11 @@ def tile_slide(slide: Slide, file: SlideFile, job: Job, config: TileConfig, *, s
     """Tile one open slide, or read back what the same recipe made of the same file.
 
     Raises:
-        ScaleError: µm/px unknown, insane, or too coarse.
+        ScaleError, SlideError: see `request_of`.
         SlideUnreadableError, SlideReadError: the file breaks.
     """
-    scale = resolve_scale(slide.known_mpp(), config.mpp, allow_upsampling=config.allow_upsampling)
-    roi = roi_file(config, file.slide_id)
-    recipe = tile_recipe(config, scale, roi)
+    request = request_of(slide, file.slide_id, config)
+    scale = request.scale
     tile_level0_px = config.tile_px * scale.factor
     geometry = Geometry(
         tile_px=config.tile_px,
@@ -114,9 +172,9 @@ def tile_slide(slide: Slide, file: SlideFile, job: Job, config: TileConfig, *, s
         "resampler": RESAMPLER,
     }
     path = job.geometry_folder(config.mpp, config.tile_px, config.overlap_px) / "patches" / f"{file.slide_id}_patches.h5"
-    recipe_hash = hash_of(recipe)
+    recipe_hash = hash_of(request.recipe)
     there = _read_back(path, recipe_hash, slide_fingerprint, tile_level0_px)
-    tiles = there or _find_tiles(slide, file, job, config, scale, roi)
+    tiles = there or _find_tiles(slide, file, job, config, request)
     if there is None:
         write_patches(path, tiles.coords_level0_px, tiles.qc, geometry, {**attributes, "recipe_hash": recipe_hash})
     return TiledSlide(tiles, geometry, attributes, read_back=there is not None)
@@ -134,8 +192,8 @@ def _read_back(path: Path, recipe_hash: str, slide_fingerprint: str, tile_level0
     return Tiles(coords, qc, tile_level0_px)
 
 
-def _find_tiles(slide: Slide, file: SlideFile, job: Job, config: TileConfig, scale: Scale, roi: Path | None) -> Tiles:
-    size = (slide.width, slide.height)
+def _find_tiles(slide: Slide, file: SlideFile, job: Job, config: TileConfig, request: Request) -> Tiles:
+    size, scale, roi = (slide.width, slide.height), request.scale, request.roi
     picture_mpp = max(scale.slide_mpp, tissue_mpp(slide.width * scale.slide_mpp, slide.height * scale.slide_mpp))
     picture = slide.thumbnail(picture_mpp)
     found = _find_tissue(picture, picture_mpp, slide, config, roi)
@@ -148,15 +206,21 @@ def _find_tiles(slide: Slide, file: SlideFile, job: Job, config: TileConfig, sca
             for polygon in outlines(mask, size_level0_px=size)
         ]
         write_json(published, to_geojson(polygons, origin_level0_px=origin))
-    tiles = tile_grid(
-        slide.bounds,
-        tile_level0_px=config.tile_px * scale.factor,
-        step_level0_px=(config.tile_px - config.overlap_px) * scale.factor,
-        mask=found.mask,
-        pen=found.pen,
-        canvas=size,
-        min_tissue=config.min_tissue,
-    )
+    side = config.tile_px * scale.factor
+    if request.places is not None:
+        coords = request.places.coords_level0_px
+        tiles = tiles_at(coords, tile_level0_px=side, mask=found.mask, pen=found.pen, canvas=size)
+    else:
+        step = (config.tile_px - config.overlap_px) * scale.factor
+        tiles = tile_grid(
+            slide.bounds,
+            tile_level0_px=side,
+            step_level0_px=step,
+            mask=found.mask,
+            pen=found.pen,
+            canvas=size,
+            min_tissue=config.min_tissue,
+        )
     per_px = (slide.width / picture.shape[1], slide.height / picture.shape[0])
     boxes = np.hstack([tiles.coords_level0_px, np.full_like(tiles.coords_level0_px, tiles.tile_level0_px, float)]) / (per_px * 2)
     with atomic_path(job.overview(file.slide_id)) as temporary:
@@ -193,6 +257,8 @@ def too_small(tiled: TiledSlide, config: TileConfig) -> str:
     width, height = tiled.geometry.level0_width, tiled.geometry.level0_height
     if width is not None and height is not None and min(width, height) < side:
         return f"{width}×{height} px: smaller than one tile of {side:.0f} px"
+    if config.coords is not None:
+        return "its file of coordinates has no tile"
     if (roi := roi_file(config, tiled.geometry.name)) is None:
         return "no tissue"
     names = {name for name, _ in read_rois(roi)}

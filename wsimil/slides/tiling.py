@@ -16,7 +16,7 @@ import numpy as np
 from wsimil.errors import ScaleError
 from wsimil.units import MAX_MPP, MIN_MPP, SNAP_TOLERANCE, UPSAMPLING_TOLERANCE
 
-__all__ = ["Rect", "Scale", "Tiles", "resolve_scale", "tile_grid"]
+__all__ = ["Rect", "Scale", "Tiles", "resolve_scale", "snapped_to", "tile_grid", "tiles_at"]
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,49 @@ def tile_grid(
     xs = _origins(extent.x, extent.width, tile_level0_px, step_level0_px)
     ys = _origins(extent.y, extent.height, tile_level0_px, step_level0_px)
     coords = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)  # (N, 2), rows of y, x fastest
-    size = canvas or (extent.x + extent.width, extent.y + extent.height)
-    tissue = np.ones(len(coords), np.float32) if mask is None else _covered(mask, xs, ys, tile_level0_px, *size)
-    inked = np.zeros(len(coords), np.float32) if pen is None else _covered(pen, xs, ys, tile_level0_px, *size)
-    keep = np.ones(len(coords), bool) if mask is None else tissue >= min_tissue - 1e-6
-    return Tiles(coords[keep], {"tissue": tissue[keep], "pen": inked[keep]}, tile_level0_px)
+    tiles = tiles_at(
+        coords,
+        tile_level0_px=tile_level0_px,
+        mask=mask,
+        pen=pen,
+        canvas=canvas or (extent.x + extent.width, extent.y + extent.height),
+    )
+    if mask is None:
+        return tiles
+    keep = tiles.qc["tissue"] >= min_tissue - 1e-6
+    return Tiles(coords[keep], {name: share[keep] for name, share in tiles.qc.items()}, tile_level0_px)
+
+
+def tiles_at(
+    coords_level0_px: np.ndarray,
+    *,
+    tile_level0_px: float,
+    canvas: tuple[int, int],
+    mask: np.ndarray | None = None,
+    pen: np.ndarray | None = None,
+) -> Tiles:
+    """Tiles with these corners (N, 2), all of them, with their shares of the masks; see `tile_grid`."""
+    n_tiles = len(coords_level0_px)
+    tissue = np.ones(n_tiles, np.float32) if mask is None else _covered(mask, coords_level0_px, tile_level0_px, *canvas)
+    inked = np.zeros(n_tiles, np.float32) if pen is None else _covered(pen, coords_level0_px, tile_level0_px, *canvas)
+    return Tiles(coords_level0_px, {"tissue": tissue, "pen": inked}, tile_level0_px)
+
+
+def snapped_to(scale: Scale, *, tile_px: int, tile_level0_px: float) -> Scale:
+    """The scale at which tiles of a given side at level 0 are seen, which has to be the one asked for within .5 %.
+
+    Raises:
+        ScaleError: it is another.
+    """
+    factor = tile_level0_px / tile_px
+    seen = scale.slide_mpp * factor
+    if abs(seen / scale.target_mpp - 1) > SNAP_TOLERANCE * (1 + 1e-9):
+        same_mpp = round(tile_level0_px * scale.slide_mpp / scale.target_mpp)
+        raise ScaleError(
+            f"tiles of {tile_level0_px:g} level-0 px at {scale.slide_mpp:.4g} µm/px are seen at {seen:.4g} µm/px in {tile_px} px, "
+            f"not at {scale.target_mpp:g}; pass --mpp {seen:.4g}, or --tile-px {same_mpp}"
+        )
+    return Scale(scale.slide_mpp, scale.target_mpp, seen, factor)
 
 
 def _origins(start: int, length: int, tile: float, step: float) -> np.ndarray:
@@ -114,26 +152,29 @@ def _origins(start: int, length: int, tile: float, step: float) -> np.ndarray:
     return np.minimum(np.floor(exact + 0.5), np.floor(start + length - tile + 1e-9)).astype(np.int64)
 
 
-def _covered(mask: np.ndarray, xs: np.ndarray, ys: np.ndarray, tile: float, width: int, height: int) -> np.ndarray:
+def _covered(mask: np.ndarray, coords: np.ndarray, tile: float, width: int, height: int) -> np.ndarray:
     """(N,) share of `mask` under each tile, exact to a fraction of a mask pixel."""
     rows, columns = mask.shape
     integral = np.zeros((rows + 1, columns + 1))
     integral[1:, 1:] = mask.cumsum(0, dtype=np.float64).cumsum(1)
-    left, right = xs * (columns / width), (xs + tile) * (columns / width)
-    top, bottom = ys * (rows / height), (ys + tile) * (rows / height)
+    x, y = coords.T
+    left, right = x * (columns / width), (x + tile) * (columns / width)
+    top, bottom = y * (rows / height), (y + tile) * (rows / height)
     area = _at(integral, bottom, right) - _at(integral, top, right) - _at(integral, bottom, left) + _at(integral, top, left)
     area /= (tile * columns / width) * (tile * rows / height)
-    return np.clip(area, 0, 1).astype(np.float32).ravel()
+    return np.clip(area, 0, 1).astype(np.float32)
 
 
 def _at(integral: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The integral image at fractional positions, (len(y), len(x)): linear in between, which is exact."""
-    by_row = _between(integral, y, axis=0)
-    return _between(by_row, x, axis=1)
+    """(N,) the integral image at fractional positions: linear in between, which is exact."""
+    (row, down), (column, along) = _whole(y, integral.shape[0]), _whole(x, integral.shape[1])
+    above = integral[row, column] * (1 - along) + integral[row, column + 1] * along
+    below = integral[row + 1, column] * (1 - along) + integral[row + 1, column + 1] * along
+    return above * (1 - down) + below * down
 
 
-def _between(values: np.ndarray, position: np.ndarray, axis: int) -> np.ndarray:
-    position = np.clip(position, 0, values.shape[axis] - 1)
-    low = np.minimum(position.astype(np.int64), values.shape[axis] - 2)
-    part = (position - low).reshape((-1, 1) if axis == 0 else (1, -1))
-    return np.take(values, low, axis) * (1 - part) + np.take(values, low + 1, axis) * part
+def _whole(position: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The position before and the part of the way to the next; `length` positions there are."""
+    position = np.clip(position, 0, length - 1)
+    low = np.minimum(position.astype(np.int64), length - 2)
+    return low, position - low

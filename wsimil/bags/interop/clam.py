@@ -28,6 +28,7 @@ from wsimil.bags.interop.layout import (
     rows_of_file,
     spacing_of,
 )
+from wsimil.bags.places import clam_side
 from wsimil.errors import BagFormatError
 from wsimil.files import atomic_path
 from wsimil.hdf5 import Dataset, open_hdf5, plain_attributes, read_array, stored_rows, write_hdf5
@@ -111,9 +112,8 @@ def _geometry(path: Path) -> tuple[dict[str, Any], np.ndarray]:
         coords = integer_coords(read_array(hdf5_part(path, file, "coords")))
         stated = plain_attributes(file["coords"])
     found: dict[str, Any] = {}
-    downsample = float(np.ravel(stated.get("downsample", 1.0))[0]) * float(stated.get("custom_downsample", 1))
-    if "patch_size" in stated:
-        found["tile_level0_px"] = float(stated["patch_size"]) * downsample
+    if side := clam_side(stated):
+        found["tile_level0_px"] = side
     if stated.get("patch_level") == 0 and all(stated.get("level_dim", [0])):
         found["level0_width"], found["level0_height"] = (int(side) for side in stated["level_dim"])
     return found, coords
