@@ -78,8 +78,9 @@ def test_another_network_and_given_weights_have_their_own_depth_and_patches(othe
     assert (toy.depth, toy.patch_px) == (6, 8) and toy.global_px % toy.patch_px == 0
     own = resolve_recipe(PretrainConfig(method="mae", size="toy", **other), n_slides=1)
     assert (own.depth, own.patch_px) == (0, 0)
-    set_too = resolve_recipe(PretrainConfig(method="mae", size="toy", recipe_options=("depth=3", "patch_px=4"), **other), n_slides=1)
-    assert (set_too.depth, set_too.patch_px) == (3, 4)
+    options = ("depth=3", "patch_px=4")
+    asked = resolve_recipe(PretrainConfig(method="mae", size="toy", recipe_options=options, **other), n_slides=1)
+    assert (asked.depth, asked.patch_px) == (3, 4)
 
 
 def test_patches_have_to_fill_a_view() -> None:

@@ -4,8 +4,9 @@ He et al. 2022 (arXiv 2111.06377).
 
 - The encoder sees the kept patches only, a quarter of them: this is the method for a machine without GPU.
 - Which patches are hidden comes with the batch, so that it can be a function of the tile's number; without it, of torch's state.
-- The decoder looks near first: its attention falls with the distance of two patches, in each head differently fast, and what is
-  hidden begins as the mean of what is seen. Left to find both out, a run of a thousand steps learns the colour of a tile and stops.
+- The decoder looks near first: its attention falls with the distance of two patches, in each head differently fast. Left to find
+  its neighbours by itself, a run of some hundred steps learns the colours of tiles and stops there. What is hidden begins as the
+  mean of what is seen, which is what an encoder of mean patches gives.
 - Patches of bare glass are left out of the loss: normalised to unit deviation they are noise made large.
 """
 
