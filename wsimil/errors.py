@@ -64,6 +64,10 @@ class SlideStuckError(SlideError):
     """A read did not come back, or its process was killed: not known to be the slide's own fault, so tried again next time."""
 
 
+class CompanionError(SlideError):
+    """What was given along with a slide, its polygons or coordinates, is missing or does not fit; the slide itself may be fine."""
+
+
 class ScaleError(SlideError):
     """The slide's µm/px is outside the sane range, or coarser than the asked scale."""
 

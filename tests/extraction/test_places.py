@@ -102,8 +102,10 @@ def test_what_the_error_says_works(slides, tmp_path):
 def test_coordinates_of_another_slide_or_none_are_a_failed_row(slides, tmp_path):
     row, _ = tile(slides, tmp_path / "one", write(tmp_path / "patches", CORNERS + 5000, {"patch_size_level0": PX}))
     assert row.status == "failed" and "of another slide?" in row.reason
-    row, _ = tile(slides, tmp_path / "two", tmp_path / "nowhere")
+    row, _ = tile(slides, tmp_path / "two", tmp_path / "later")
     assert row.status == "failed" and "no coordinates for it: expected" in row.reason
+    write(tmp_path / "later", CORNERS, {"patch_size_level0": PX})
+    assert tile(slides, tmp_path / "two", tmp_path / "later")[0].status == "done", "it is tried again without being asked"
 
 
 def test_changed_coordinates_are_another_recipe(slides, tmp_path):

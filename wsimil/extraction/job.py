@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsimil.errors import SlideError, StaleBagError
+from wsimil.errors import CompanionError, SlideError, StaleBagError
 from wsimil.files import atomic_path, folder_lock, hash_of, machine, mark_output, read_json, sweep_temporary_files, write_json
 from wsimil.slides.cohort import SlideFile
 from wsimil.units import nominal_magnification
@@ -115,7 +115,7 @@ class Job:
         try:
             yield slide_fingerprint
         except SlideError as error:
-            if slide_fingerprint and not isinstance(error, StaleBagError):
+            if slide_fingerprint and not isinstance(error, StaleBagError | CompanionError):
                 self.remember_failure(file.slide_id, key, file.with_its_path(str(error)))
             raise
         self.failure(file.slide_id).unlink(missing_ok=True)

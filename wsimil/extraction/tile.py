@@ -18,7 +18,7 @@ import numpy as np
 from wsimil.bags.bag import Geometry, read_patches, write_patches
 from wsimil.bags.places import Places, find_places, read_places
 from wsimil.config import JobConfig, TileConfig
-from wsimil.errors import BagFormatError, SlideError, UsageError
+from wsimil.errors import BagFormatError, CompanionError, ScaleError, UsageError
 from wsimil.extraction.engine import Stage, run_slides
 from wsimil.extraction.job import Job, Row
 from wsimil.files import atomic_path, file_sha256, hash_of, write_json
@@ -49,14 +49,14 @@ def roi_file(config: TileConfig, slide_id: str) -> Path | None:
     """The slide's own polygons; None when none were asked for.
 
     Raises:
-        SlideError: polygons were asked for and this slide has none.
+        CompanionError: polygons were asked for and this slide has none.
     """
     if config.roi is None:
         return None
     candidates = [Path(config.roi, f"{slide_id}{suffix}") for suffix in (".geojson", ".geojson.gz", ".json")]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
-        raise SlideError(f"no polygons for it: expected {candidates[0]}")
+        raise CompanionError(f"no polygons for it: expected {candidates[0]}")
     return found
 
 
@@ -64,12 +64,12 @@ def coords_file(config: TileConfig, slide_id: str) -> Path | None:
     """The slide's coordinates by another program; None when none were asked for.
 
     Raises:
-        SlideError: coordinates were asked for and this slide has none.
+        CompanionError: coordinates were asked for and this slide has none.
     """
     if config.coords is None:
         return None
     if (found := find_places(Path(config.coords), slide_id)) is None:
-        raise SlideError(f"no coordinates for it: expected {Path(config.coords, f'{slide_id}.h5')}")
+        raise CompanionError(f"no coordinates for it: expected {Path(config.coords, f'{slide_id}.h5')}")
     return found
 
 
@@ -87,17 +87,17 @@ def request_of(slide: Slide, slide_id: str, config: TileConfig) -> Request:
     """What is asked of an open slide.
 
     Raises:
-        ScaleError: µm/px unknown, insane, or too coarse; given tiles are of another scale.
-        SlideError: a file of polygons or coordinates is missing or broken.
+        ScaleError: µm/px unknown, insane, or too coarse.
+        CompanionError: a file of polygons or coordinates is missing, broken, or of another scale or slide.
     """
     scale = resolve_scale(slide.known_mpp(), config.mpp, allow_upsampling=config.allow_upsampling)
     roi, path, places = roi_file(config, slide_id), coords_file(config, slide_id), None
     if path is not None:
         try:
             places = _fitting(read_places(path), slide, config, path)
-        except BagFormatError as error:
-            raise SlideError(str(error)) from error
-        scale = snapped_to(scale, tile_px=config.tile_px, tile_level0_px=places.tile_level0_px)
+            scale = snapped_to(scale, tile_px=config.tile_px, tile_level0_px=places.tile_level0_px)
+        except (BagFormatError, ScaleError) as error:
+            raise CompanionError(str(error)) from error
     recipe = tile_recipe(config, scale, roi)
     return Request(scale, roi, places, recipe if path is None else recipe | {"coords": file_sha256(path)})
 
@@ -107,7 +107,7 @@ def _fitting(places: Places, slide: Slide, config: TileConfig, path: Path) -> Pl
     coords, side = places.coords_level0_px, places.tile_level0_px
     inside = (coords >= 0).all(1) & (coords + side <= (slide.width + 0.5, slide.height + 0.5)).all(1)
     if len(coords) and not inside.any():
-        raise SlideError(f"{path}: no tile lies inside the slide of {slide.width}×{slide.height} px: of another slide?")
+        raise CompanionError(f"{path}: no tile lies inside the slide of {slide.width}×{slide.height} px: of another slide?")
     kept = np.unique(coords[inside][:, ::-1], axis=0)[:, ::-1]  # sorted by y, then x
     if len(kept) < len(coords):
         warnings.warn(
@@ -138,7 +138,7 @@ def tile_slide(slide: Slide, file: SlideFile, job: Job, config: TileConfig, *, s
     """Tile one open slide, or read back what the same recipe made of the same file.
 
     Raises:
-        ScaleError, SlideError: see `request_of`.
+        ScaleError, CompanionError: see `request_of`.
         SlideUnreadableError, SlideReadError: the file breaks.
     """
     request = request_of(slide, file.slide_id, config)
@@ -234,7 +234,7 @@ def _find_tissue(picture: np.ndarray, mpp: float, slide: Slide, config: TileConf
     try:
         rois = [] if roi is None else read_rois(roi, origin_level0_px=(slide.bounds.x, slide.bounds.y))
     except UsageError as error:  # one slide's polygons, not the whole request
-        raise SlideError(str(error)) from error
+        raise CompanionError(str(error)) from error
     kept, cut = sort_rois(rois, include=config.roi_include, exclude=config.roi_exclude)
     # a file that only excludes says nothing of the rest; one that is empty says that nothing is left
     if roi is not None and (kept or config.roi_include or not cut):
