@@ -5,9 +5,13 @@ The scheduler is tried on a cluster that is played here; one test starts a real 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
+import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -333,7 +337,18 @@ def test_a_worker_does_what_a_run_does(slides: Path, tmp_path: Path, monkeypatch
     assert not list(Path("fast/wsimil-staging").glob("run-*"))
 
 
+def children(pid: int) -> list[int]:
+    """Processes that one has started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(entry.name))
+    return found
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_cluster_that_loses_a_node_half_way_makes_the_bags_of_the_plain_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,11 +367,15 @@ def test_a_cluster_that_loses_a_node_half_way_makes_the_bags_of_the_plain_run(
     size = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000}
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
     job, killed = tmp_path / "job", threading.Event()
-    hand_out = module._Run._hand_out
+    hand_out, runs = module._Run._hand_out, []
+
+    def in_hand() -> bool:
+        return any(worker.slides for (node, _), worker in list(runs[0]._workers.items()) if node == second.node_id)
 
     def when_both_are_there(self: Any) -> None:  # a node that is slow to start would have nothing in hand yet
         if killed.is_set() or sum(worker.ready for worker in self._workers.values()) == 2:
             monkeypatch.setattr(module._Run, "_hand_out", hand_out)
+            runs.append(self)
             hand_out(self)
 
     monkeypatch.setattr(module._Run, "_hand_out", when_both_are_there)
@@ -365,9 +384,14 @@ def test_a_cluster_that_loses_a_node_half_way_makes_the_bags_of_the_plain_run(
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
 
         def kill() -> None:
-            while len(list((job / FEATURES).glob("s*.h5"))) < 3:
-                time.sleep(0.02)
+            while len(list((job / FEATURES).glob("s*.h5"))) < 2 or not in_hand():
+                time.sleep(0.002)
+            (raylet,) = second.all_processes["raylet"]
+            workers = children(raylet.process.pid)
             cluster.remove_node(second, allow_graceful=False)
+            for pid in workers:  # Ray leaves them to notice by themselves; those of a node without power do not go on for a second
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             killed.set()
 
         threading.Thread(target=kill, daemon=True).start()
