@@ -45,10 +45,11 @@ class ImageABMIL(Aggregator):
         self.dim, self.n_outputs = dim, n_outputs
         self.side_px, self.channels, self.augment = side_px, channels, augment
         first, second = ((20, 5), (50, 5)) if channels == 1 else ((36, 4), (48, 3))  # the paper's tables 8 and 10
-        self.convolve = nn.Sequential(
-            nn.Conv2d(channels, first[0], first[1]), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(first[0], second[0], second[1]), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        convolve = nn.Sequential(  # pooled before the ReLU: the same values from a quarter of the work
+            nn.Conv2d(channels, first[0], first[1]), nn.MaxPool2d(2), nn.ReLU(),
+            nn.Conv2d(first[0], second[0], second[1]), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(),
         )  # fmt: skip
+        self.convolve = convolve.to(memory_format=torch.channels_last)
         with torch.no_grad():
             width = self.convolve(torch.zeros(1, channels, side_px, side_px)).shape[1]
         layers = [nn.Linear(width, 512), nn.ReLU(), nn.Dropout(dropout)] if channels == 3 else []

@@ -18,7 +18,7 @@ from wsimil.bags.bag import check_bag
 from wsimil.config import TileConfig
 from wsimil.errors import BagFormatError, StaleBagError
 from wsimil.extraction.job import Job
-from wsimil.extraction.tile import TiledSlide, request_of, tile_slide
+from wsimil.extraction.tile import Request, TiledSlide, request_of, tile_slide
 from wsimil.files import hash_of
 from wsimil.slides.cohort import SlideFile
 from wsimil.slides.direct import DCT_RESAMPLER
@@ -90,7 +90,8 @@ def prepare(reading: Reading, file: SlideFile, wanted: Wanted) -> Prepared:
     """
     with wanted.job.attempt(file, wanted.request, retry_failed=wanted.retry_failed) as slide_fingerprint:
         slide = reading.slide(file, wanted.tile.slide_mpp)
-        hashes = _recipe_hashes(slide, file, wanted)
+        request = request_of(slide, file.slide_id, wanted.tile)
+        hashes = _recipe_hashes(request, wanted)
         counts = [
             _n_tiles_done(bag.folder / f"{file.slide_id}.h5", recipe_hash, slide_fingerprint, wanted.overwrite_stale)
             for bag, recipe_hash in zip(wanted.bags, hashes, strict=True)
@@ -98,7 +99,7 @@ def prepare(reading: Reading, file: SlideFile, wanted: Wanted) -> Prepared:
         missing = tuple(number for number, count in enumerate(counts) if count is None)
         if not missing:
             return Prepared(slide_fingerprint, hashes, (), counts[0] or 0, None)
-        tiled = tile_slide(slide, file, wanted.job, wanted.tile, slide_fingerprint=slide_fingerprint)
+        tiled = tile_slide(slide, file, wanted.job, wanted.tile, slide_fingerprint=slide_fingerprint, request=request)
         stain = _fit_stain(reading, slide, tiled, wanted) if wanted.stain and len(tiled.tiles.coords_level0_px) else None
         return Prepared(slide_fingerprint, hashes, missing, len(tiled.tiles.coords_level0_px), tiled, stain)
 
@@ -148,8 +149,8 @@ def _fit_stain(reading: Reading, slide: Slide, tiled: TiledSlide, wanted: Wanted
     return wanted.stain.fit(np.delete(sample, list(failures), axis=0))
 
 
-def _recipe_hashes(slide: Slide, file: SlideFile, wanted: Wanted) -> tuple[str, ...]:
-    recipe = dict(request_of(slide, file.slide_id, wanted.tile).recipe)
+def _recipe_hashes(request: Request, wanted: Wanted) -> tuple[str, ...]:
+    recipe = dict(request.recipe)
     if wanted.stain is not None:
         recipe["stain"] = wanted.stain.recipe()
     return tuple(

@@ -134,14 +134,19 @@ def tile_recipe(config: TileConfig, scale: Scale, roi: Path | None) -> dict[str,
     return recipe
 
 
-def tile_slide(slide: Slide, file: SlideFile, job: Job, config: TileConfig, *, slide_fingerprint: str) -> TiledSlide:
+def tile_slide(
+    slide: Slide, file: SlideFile, job: Job, config: TileConfig, *, slide_fingerprint: str, request: Request | None = None
+) -> TiledSlide:
     """Tile one open slide, or read back what the same recipe made of the same file.
+
+    Args:
+        request: what `request_of` says of this slide, where that is known already.
 
     Raises:
         ScaleError, CompanionError: see `request_of`.
         SlideUnreadableError, SlideReadError: the file breaks.
     """
-    request = request_of(slide, file.slide_id, config)
+    request = request or request_of(slide, file.slide_id, config)
     scale = request.scale
     tile_level0_px = config.tile_px * scale.factor
     geometry = Geometry(
