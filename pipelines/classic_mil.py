@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from cohorts import cross_validate, interval, per_fold, write_bags, write_table
+from cohorts import command_of, cross_validate, interval, per_fold, write_bags, write_table
 from image_instances import register_image_aggregators
 
 from wsimil import predict, train
@@ -141,18 +141,18 @@ def main() -> None:
     parser.add_argument("--mnist-bags", type=int, nargs="+", default=MNIST_BAGS, choices=MNIST_BAGS)
     parser.add_argument("--table", type=Path, help="where the Markdown goes; MNIST-bags gets a file of its own beside it")
     options = parser.parse_args()
-    started, command = time.monotonic(), "python pipelines/classic_mil.py $DATA/mil --out classic/"
+    started, command = time.monotonic(), command_of(parser, options, data="$DATA/mil", out="--out classic/")
     if classic := [name for name in options.sets if name != "mnist"]:
         rows = tables(options.data, options.out, classic, options.repeats)
         notes = (
             f"Accuracy, mean ± sd over {FOLDS} folds × {options.repeats} [95 % interval of the mean after Nadeau and Bengio]. "
             f"Seeds 0 to {options.repeats - 1}."
         )
-        write_table(options.table, "Classic MIL sets", f"{command} --sets {' '.join(classic)}", rows, started=started, notes=notes)
+        write_table(options.table, "Classic MIL sets", command, rows, started=started, notes=notes)
     if "mnist" in options.sets:
         path = options.table and options.table.with_name(f"{options.table.stem}-mnist.md")
         rows = mnist(options.data, options.out, options.repeats, tuple(options.mnist_bags))
-        write_table(path, "MNIST-bags", f"{command} --sets mnist", rows, started=started)
+        write_table(path, "MNIST-bags", command, rows, started=started)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -18,7 +21,7 @@ from wsimil.bags.bag import Bag, Geometry, write_bag
 from wsimil.config import Settings
 from wsimil.evaluation.intervals import corrected_t_interval
 
-__all__ = ["cross_validate", "interval", "machine", "per_fold", "write_bags", "write_table"]
+__all__ = ["command_of", "cross_validate", "interval", "machine", "per_fold", "write_bags", "write_table"]
 
 
 def write_bags(
@@ -73,6 +76,21 @@ def interval(values: np.ndarray, *, folds: int) -> str:
 def machine() -> str:
     libraries = ", ".join(f"{name} {version(name)}" for name in ("wsimil", "torch", "numpy"))
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; {libraries}"
+
+
+def command_of(parser: argparse.ArgumentParser, options: argparse.Namespace, **shown: str) -> str:
+    """The command that was given, as somebody else would type it: every option that is not at its default.
+
+    Args:
+        shown: words for arguments that are this machine's folders, such as `data="$DATA/mil", out="--out classic/"`.
+    """
+    words = ["python", f"pipelines/{Path(sys.argv[0]).name}", *shown.values()]
+    for name, value in vars(options).items():
+        if name in shown or name == "table" or value == parser.get_default(name):
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words.append(shlex.join([f"--{name.replace('_', '-')}", *map(str, values)]))
+    return " ".join(words)
 
 
 def write_table(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from cohorts import cross_validate, interval, per_fold, write_bags, write_table
+from cohorts import command_of, cross_validate, interval, per_fold, write_bags, write_table
 from image_instances import register_image_aggregators
 from PIL import Image
 
@@ -108,10 +108,7 @@ def main() -> None:
         f"the pooled predictions of a repeat. Seeds 0 to {options.repeats - 1}, {options.epochs} epochs. Instances: mean AUROC of "
         "the positive images that have other nuclei, too."
     )
-    command = (
-        "python pipelines/colon_nuclei.py $DATA/colon_nuclei --out colon/ "
-        f"--models {' '.join(options.models)} --repeats {options.repeats} --epochs {options.epochs}"
-    )
+    command = command_of(parser, options, data="$DATA/colon_nuclei", out="--out colon/")
     write_table(options.table, "Colon nuclei", command, rows, started=started, notes=notes)
 
 

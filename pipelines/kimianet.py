@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from cohorts import write_table
+from cohorts import command_of, write_table
 
 from wsimil import Settings, extract_features
 from wsimil.bags.labels import infer_task, match_labels, read_labels
@@ -107,7 +107,7 @@ def main() -> None:
             found.setdefault(name, []).append(searched.rows.assign(same_site=same[0], same_site_chance=same[1]))
             print(f"fold {fold}, {name}\n{searched.text()}\n", flush=True)
     rows = [summary(name, pd.concat(parts, ignore_index=True)) for name, parts in found.items()]
-    command = f"python pipelines/kimianet.py slides/ --labels labels.csv --out kimia/ --size {options.size} --folds {options.folds}"
+    command = command_of(parser, options, slides="slides/", labels="--labels labels.csv", out="--out kimia/")
     notes = (
         "Each test slide is searched among the test slides of its fold, without those of its patient; 3 nearest vote. "
         "Site: share of queries whose nearest slide is of their own site (by chance)."

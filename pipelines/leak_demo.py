@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from cohorts import write_bags, write_table
+from cohorts import command_of, write_bags, write_table
 from scipy import stats
 
 from wsimil import predict, train
@@ -68,7 +68,7 @@ def main() -> None:
         rows.append(
             {"choice": name, "AUROC, mean [95 % interval]": f"{values.mean():.3f} [{low:.3f}, {high:.3f}]", "covers .5": covered}
         )
-    command = f"python pipelines/leak_demo.py --out leak/ --cohorts {options.cohorts} --candidates {options.candidates}"
+    command = command_of(parser, options, out="--out leak/")
     notes = (
         f"{options.cohorts} independent cohorts of {N_SLIDES} slides of noise, {FOLDS} folds, {options.candidates} candidates each."
     )

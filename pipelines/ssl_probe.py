@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from cohorts import write_table
+from cohorts import command_of, write_table
 
 from wsimil.config import PretrainConfig, ProbeConfig, Settings, TileConfig
 from wsimil.pretraining import pretrain
@@ -111,9 +111,7 @@ def main() -> None:
                 "minutes": f"{part['minutes'].mean():.1f}",
             }
         )
-    steps = f" --steps {options.steps}" if options.steps else ""
-    asked = f"--methods {' '.join(options.methods)} --seeds {' '.join(map(str, options.seeds))}{steps}"
-    command = f"python pipelines/ssl_probe.py $DATA/lung_tiles --out lung/ {asked}"
+    command = command_of(parser, options, tiles="$DATA/lung_tiles", out="--out lung/")
     seeds = ", ".join(map(str, sorted(options.seeds)))  # as the gains stand in their column
     notes = (
         f"Balanced accuracy of three classes on tiles that pretraining never saw, mean ± sd over seeds {seeds}: each deals the "

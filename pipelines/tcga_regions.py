@@ -17,7 +17,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
-from cohorts import cross_validate, interval, write_bags, write_table
+from cohorts import command_of, cross_validate, interval, write_bags, write_table
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -111,7 +111,7 @@ def main() -> None:
     write_table(
         options.table,
         "TCGA regions",
-        "python pipelines/tcga_regions.py $DATA/tcga_regions --out tcga/",
+        command_of(parser, options, data="$DATA/tcga_regions", out="--out tcga/"),
         rows,
         started=started,
         notes=notes,

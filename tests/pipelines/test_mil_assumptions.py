@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 
+import mil_assumptions as pipeline
 import pandas as pd
 import pytest
 import torch
 
-SOURCE = Path(__file__).parents[2] / "pipelines" / "mil_assumptions.py"
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    specification = importlib.util.spec_from_file_location("mil_assumptions", SOURCE)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
 
 @pytest.mark.parametrize("assumption", ["single concept", "multiple concepts"])
-def test_the_poison_is_in_negative_bags_of_training_and_positive_ones_of_the_test(pipeline, assumption):
+def test_the_poison_is_in_negative_bags_of_training_and_positive_ones_of_the_test(assumption):
     for training in (True, False):
         drawn = pipeline.draw_bags(pipeline.ASSUMPTIONS[assumption], 20, training=training, seed=0)
         poisoned = [bool((drawn.bags.bag(index).features.mean(1) < -9).any()) for index in range(20)]
         assert poisoned == [bool(target) != training for target in drawn.targets]
 
 
-def test_positive_bags_hold_both_concepts_and_negative_ones_never_do(pipeline):
+def test_positive_bags_hold_both_concepts_and_negative_ones_never_do():
     for assumption in ("multiple concepts", "false frequency"):
         for training in (True, False):
             drawn = pipeline.draw_bags(pipeline.ASSUMPTIONS[assumption], 40, training=training, seed=0)
@@ -40,7 +28,7 @@ def test_positive_bags_hold_both_concepts_and_negative_ones_never_do(pipeline):
                 assert held == (2 if target else 1)
 
 
-def test_the_frequency_of_a_concept_turns_round(pipeline):
+def test_the_frequency_of_a_concept_turns_round():
     for training, order in ((True, 1), (False, -1)):
         drawn = pipeline.draw_bags(pipeline.ASSUMPTIONS["false frequency"], 20, training=training, seed=0)
         counts = torch.stack([(drawn.bags.bag(index).features.mean(1) > 1.5).sum() for index in range(20)])
@@ -48,7 +36,7 @@ def test_the_frequency_of_a_concept_turns_round(pipeline):
         assert (order * (counts[positive].min() - counts[~positive].max())) > 0
 
 
-def test_a_maximum_keeps_the_assumption_and_a_mean_breaks_it(pipeline, monkeypatch):
+def test_a_maximum_keeps_the_assumption_and_a_mean_breaks_it(monkeypatch):
     monkeypatch.setattr(pipeline, "ASSUMPTIONS", {"single concept": pipeline.single_concept})
     (maximum,) = pipeline.examine("instance_max", steps=200, n_bags=100)
     (mean,) = pipeline.examine("mean_pool", steps=100, n_bags=100)
@@ -56,12 +44,21 @@ def test_a_maximum_keeps_the_assumption_and_a_mean_breaks_it(pipeline, monkeypat
     assert not mean["kept"] and mean["auc_train"] > 0.95
 
 
-def test_the_table_has_a_line_for_each_aggregator(pipeline, monkeypatch, capsys, tmp_path):
-    out = tmp_path / "rows.csv"
-    monkeypatch.setattr(
-        sys, "argv", ["mil_assumptions", "--aggregators", "mean_pool", "instance_max", "--steps", "1", "--out", str(out)]
-    )
+def test_the_table_has_a_line_for_each_aggregator_and_what_is_there_is_not_done_again(monkeypatch, tmp_path):
+    out, table = tmp_path / "rows.csv", tmp_path / "table.md"
+    models = ["--aggregators", "mean_pool", "instance_max"]
+    given = ["mil_assumptions.py", *models, "--out", str(out), "--table", str(table), "--steps"]
+    monkeypatch.setattr(sys, "argv", [*given, "1"])
     pipeline.main()
-    table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
-    assert [line.split("|")[1].strip() for line in table] == ["aggregator", "---", "mean_pool", "instance_max"]
+    text = table.read_text()
+    lines = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    assert lines == ["aggregator", "---", "mean_pool", "instance_max"]
+    assert "`python pipelines/mil_assumptions.py --out rows.csv --aggregators mean_pool instance_max --steps 1`" in text
     assert len(pd.read_csv(out)) == 6
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "examine", lambda *_, **__: pytest.fail("done already"))
+        pipeline.main()
+    assert table.read_text().splitlines()[4:] == text.splitlines()[4:]
+    monkeypatch.setattr(sys, "argv", [*given, "2"])
+    pipeline.main()
+    assert len(pd.read_csv(out)) == 12, "other steps are another trial"
