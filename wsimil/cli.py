@@ -12,10 +12,12 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import typing
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,9 @@ from wsimil.config import SECTIONS, STUDY_SECTIONS, Settings, nearest, normalise
 from wsimil.errors import UsageError, WsimilError
 
 __all__ = ["main"]
+
+_NAMES, _REASONS, _REASON_LENGTH = 20, 3, 300
+"""How much a run says at its end of what failed; the book has the rest."""
 
 
 @dataclass(frozen=True)
@@ -421,13 +426,30 @@ def _slides_ending(rows: list, arguments: argparse.Namespace, where: str = "", *
 
 
 def _ending(failed: list[str], *, status: Path | None = None) -> int:
-    """Exit status; what failed is named on the last line."""
+    """Exit status; what failed is named on the last line.
+
+    Args:
+        failed: lines `name: reason`.
+        status: the book that has all reasons; the most frequent ones are said, too.
+    """
     if not failed:
         return 0
-    names = ", ".join(line.split(": ")[0] for line in failed)
-    reasons = f" (reasons: {status})" if status else f" ({failed[0].split(': ', 1)[-1]}{' …' if len(failed) > 1 else ''})"
-    print(f"{len(failed)} failed: {names}{reasons}", file=sys.stderr)
+    names = [line.split(": ")[0] for line in failed]
+    whys = [line.split(": ", 1)[-1] for line in failed]
+    if status is None:
+        print(f"{len(failed)} failed: {', '.join(names)} ({whys[0]}{' …' if len(failed) > 1 else ''})", file=sys.stderr)
+        return 1
+    reasons = Counter(_without_name(why, name) for why, name in zip(whys, names, strict=True))
+    for reason, count in reasons.most_common(_REASONS):
+        print(f"  {count} × {reason[:_REASON_LENGTH]}", file=sys.stderr)
+    shown = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
+    print(f"{len(failed)} failed: {shown} (reasons: {status})", file=sys.stderr)
     return 1
+
+
+def _without_name(reason: str, name: str) -> str:
+    """What is said of one slide, as it would be said of another: without its id or file in front."""
+    return re.sub(rf"^\S*{re.escape(name)}\S*: ", "", reason)
 
 
 def _headline(metrics: dict[str, Any]) -> str:

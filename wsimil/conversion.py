@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from wsimil.bags.bag import Bag, BagHeader
 from wsimil.bags.interop import LAYOUTS, find_foreign
 from wsimil.bags.interop.clam import Clam
@@ -111,10 +113,11 @@ def convert_bags(
         sweep_temporary_files(folder)
     before, rows, written = _read_book(out / "convert.csv"), {}, time.monotonic()
     remarks: Counter[str] = Counter()
+    widths: Counter[int] = Counter()
     try:
         for slide_id, path in progress(list(paths.items()), "convert", unit="bag", quiet=quiet):
             key = _key(path, slide_id, config, known)
-            rows[slide_id] = _convert_one(layout, writer, path, slide_id, known, out, before.get(slide_id), key, remarks)
+            rows[slide_id] = _convert_one(layout, writer, path, slide_id, known, out, before.get(slide_id), key, remarks, widths)
             if time.monotonic() - written > _WRITE_EVERY_S:
                 _write_book(out / "convert.csv", before | rows)
                 written = time.monotonic()
@@ -122,6 +125,9 @@ def convert_bags(
         _write_book(out / "convert.csv", before | rows)
     for text, count in remarks.items():
         say(f"{count} of {len(paths)} bags: {text}")
+    if len(widths) > 1:
+        parts = ", ".join(f"{dim} in {count}" for dim, count in widths.most_common())
+        say(f"features of several widths ({parts} bags): of several encoders, so not to be trained on together")
     return list(rows.values())
 
 
@@ -153,6 +159,7 @@ def _convert_one(
     before: Converted | None,
     key: str,
     remarks: Counter[str],
+    widths: Counter[int],
 ) -> Converted:
     try:
         header = layout.header(path, slide_id, known)
@@ -164,6 +171,9 @@ def _convert_one(
         if layout.name != "wsimil":
             bag = replace(bag, attributes={**bag.attributes, "source_layout": layout.name})
         said = [*header.remarks, *writer.write(out, bag)]
+        widths[header.dim] += 1
+        if not np.isfinite(bag.features[bag.valid]).all():
+            said.append("NaN or infinity in features, kept as they are; `wsimil validate` says where")
         if writer.name != "wsimil" and (left_out := int((~bag.valid).sum())):
             said.append(f"{left_out} tiles that are not valid are left out")
     except (BagFormatError, OSError) as error:

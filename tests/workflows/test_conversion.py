@@ -199,6 +199,22 @@ def test_a_bad_file_is_a_row_and_the_others_are_done(tmp_path, capsys):
     assert counts == {"done": 1, "empty": 0, "failed": 0, "skipped": 2}
 
 
+def test_the_command_says_why_and_what_is_odd(tmp_path, capsys):
+    for slide_id in "abc":
+        write_clam(tmp_path / "clam", slide_id)
+    assert main(["convert", str(tmp_path / "clam"), "--out", str(tmp_path / "stamp"), "--to", "stamp", "--quiet"]) == 1
+    why, last = capsys.readouterr().err.splitlines()[-2:]
+    assert why.startswith("  3 × STAMP wants") and "--slide-mpp" in why and last.startswith("3 failed: a, b, c (reasons:")
+    with h5py.File(tmp_path / "clam" / "h5_files" / "b.h5", "r+") as file:
+        features = file["features"][:]
+        features[2, 1] = np.nan
+        del file["features"]
+        file["features"] = np.tile(features, 2)
+    assert main(["convert", str(tmp_path / "clam"), "--out", str(tmp_path / "job")]) == 0
+    said = capsys.readouterr().err
+    assert "1 of 3 bags: NaN or infinity in features" in said and "features of several widths" in said
+
+
 def test_what_changed_or_is_gone_is_done_again(tmp_path):
     def statuses(**settings: float) -> str:
         rows = convert_bags(tmp_path / "clam", tmp_path / "job", config=ConvertConfig(**settings), quiet=True)
