@@ -24,7 +24,7 @@ from PIL import Image
 
 from wsimil.config import ProbeConfig
 from wsimil.encoders import Encoder, load_encoder, load_random_twin
-from wsimil.errors import LabelsError, UsageError, WsimilError
+from wsimil.errors import LabelsError, WsimilError
 from wsimil.evaluation.intervals import percentile_interval
 from wsimil.evaluation.probe import PROBES, Probed, check_labels, probe_features
 from wsimil.extraction.extract import resolve_device
@@ -37,6 +37,7 @@ __all__ = ["ProbeReport", "encode_tiles", "probe", "read_labelled_tiles"]
 _SUFFIXES = (*IMAGE_SUFFIXES, ".tif", ".tiff")
 _TILE_COLUMNS = ("tile", "file", "filename", "path", "image")
 _SITE_PROBES = ("logistic", "mlp")
+_MOST_LEFT_OUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def probe(
         say: receives remarks for the user.
 
     Raises:
-        LabelsError: labels that cannot be matched, or leave nothing to probe.
+        LabelsError: labels that cannot be matched, or leave nothing to probe; more than a tenth of the tiles cannot be read.
         EncoderError: an encoder that cannot be had.
     """
     config = config or ProbeConfig()
@@ -103,7 +104,15 @@ def probe(
     check_labels(table["label"], table["group"], folds=config.folds)  # before the encoding, which takes long
     sites = _usable_sites(table, say)
     named = _encoders(config)
-    features = encode_tiles(table["file"].tolist(), [encoder for _, _, encoder in named], batch_size=config.batch_size, quiet=quiet)
+    encoders = [encoder for _, _, encoder in named]
+    features, failures = encode_tiles(table["file"].tolist(), encoders, batch_size=config.batch_size, quiet=quiet)
+    if failures:
+        _tell_left_out(failures, len(table), say)
+        kept = np.delete(np.arange(len(table)), list(failures))
+        table, features = table.iloc[kept], [vectors[kept] for vectors in features]
+        folds = min(config.folds, table["group"].nunique())
+        check_labels(table["label"], table["group"], folds=folds)
+        sites = _usable_sites(table, say)
     asked: list[tuple[str, Table, Sequence[str]]] = [("label", table, PROBES)]
     if sites is not None:
         asked.append(("site", sites, _SITE_PROBES))
@@ -207,6 +216,14 @@ def _some_groups(table: Table, most: int) -> Table:
     return table[table["group"].isin(kept)].reset_index(drop=True)
 
 
+def _tell_left_out(failures: dict[int, str], n_tiles: int, say: Callable[[str], None]) -> None:
+    """Raises LabelsError where more than a tenth of the tiles cannot be had: what is left would be another set."""
+    first = "; ".join(list(failures.values())[:3])
+    if len(failures) > _MOST_LEFT_OUT * n_tiles:
+        raise LabelsError(f"{len(failures)} of {n_tiles} tiles cannot be had, more than a tenth: {first}; mend or remove them")
+    say(f"{len(failures)} of {n_tiles} tiles are left out: {first}")
+
+
 def _usable_sites(table: Table, say: Callable[[str], None]) -> Table | None:
     """Tiles of known site; a site with one group cannot be told from that group, so it is left out."""
     known = table[table["site"] != ""]
@@ -256,13 +273,16 @@ def _encoders(config: ProbeConfig) -> list[tuple[str, str | None, Encoder]]:
 
 def encode_tiles(
     files: Sequence[Path], encoders: Sequence[Encoder], *, batch_size: int = 64, quiet: bool = False
-) -> list[np.ndarray]:
+) -> tuple[list[np.ndarray], dict[int, str]]:
     """Features (n, D) of image files, one array per encoder, rows in the order of the files.
 
+    Returns:
+        The arrays, and row → reason of files that are no image or no square; their features are zeros.
+
     Raises:
-        UsageError: a file that is no image, or a tile that is not square.
         WsimilError: an encoder fails.
     """
+    failures: dict[int, str] = {}
     features = [np.zeros((len(files), encoder.contract.dim), np.float32) for encoder in encoders]
     starts = range(0, len(files), batch_size)
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
@@ -273,8 +293,13 @@ def encode_tiles(
             if start + batch_size < len(files):
                 waiting.append(pool.submit(_pixels, files[start + batch_size : start + 2 * batch_size]))
             row = start
-            for _, same in groupby(pixels, key=lambda tile: tile.shape):  # tiles of one size go through together
-                batch = torch.from_numpy(np.stack(list(same)))
+            for _, same in groupby(pixels, key=lambda tile: getattr(tile, "shape", None)):  # those of one size go together
+                tiles = list(same)
+                if isinstance(tiles[0], str):
+                    failures |= {row + number: str(why) for number, why in enumerate(tiles)}
+                    row += len(tiles)
+                    continue
+                batch = torch.from_numpy(np.stack(tiles))
                 for encoder, vectors in zip(encoders, features, strict=True):
                     try:
                         vectors[row : row + len(batch)] = encoder(batch).cpu().numpy()
@@ -284,20 +309,22 @@ def encode_tiles(
                             "if memory ran out, try a smaller --batch-size"
                         ) from error
                 row += len(batch)
-    return features
+    return features, failures
 
 
-def _pixels(files: Sequence[Path]) -> list[np.ndarray]:
-    tiles = []
+def _pixels(files: Sequence[Path]) -> list[np.ndarray | str]:
+    """Each file's pixels, or why there are none."""
+    tiles: list[np.ndarray | str] = []
     for path in files:
         try:
             with Image.open(path) as image:
                 tile = np.asarray(image.convert("RGB"))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UsageError(f"tile {path}: not an image that can be read ({error})") from error
-        if tile.shape[0] != tile.shape[1]:
-            raise UsageError(f"tile {path}: {tile.shape[1]} × {tile.shape[0]} px; encoders take square tiles")
-        tiles.append(tile)
+            tiles.append(f"tile {path}: not an image that can be read ({error})")
+            continue
+        height, width = tile.shape[:2]
+        fits = height == width and width > 1
+        tiles.append(tile if fits else f"tile {path}: {width} × {height} px; encoders take square tiles")
     return tiles
 
 

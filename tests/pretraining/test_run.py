@@ -164,6 +164,12 @@ def test_one_run_goes_on_with_no_other_settings(tiles: Path, tmp_path: Path, mon
 # ---------------------------------------------------------------- what may be seen
 
 
+def test_a_folder_that_is_not_there_is_said_before_weights_that_are_not(tmp_path):
+    with pytest.raises(UsageError, match="nowhere: no such folder"):
+        pretrain(tmp_path / "nowhere", tmp_path / "out", quiet=True)  # the default begins with ImageNet's weights
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_training_slides_of_the_fold_are_seen(tiles: Path, tmp_path: Path, readers) -> None:
     splits = tmp_path / "splits.csv"
     splits.write_text(SPLITS + "0,a,p1,,train\n0,b,p2,,val\n0,c,p3,,test\n1,a,p1,,test\n1,b,p2,,val\n1,c,p3,,train\n")

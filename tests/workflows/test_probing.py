@@ -16,7 +16,7 @@ from wsimil.config import ProbeConfig
 from wsimil.encoders import load_encoder, load_random_twin, save_encoder
 from wsimil.encoders.contract import EncoderContract
 from wsimil.encoders.networks import build_network
-from wsimil.errors import LabelsError, UsageError
+from wsimil.errors import LabelsError
 from wsimil.probing import encode_tiles, probe, read_labelled_tiles
 
 TINY = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -93,9 +93,9 @@ def test_vectors_stay_with_their_files_whatever_the_batch_and_the_sizes(tiles):
     Image.new("RGB", (48, 48), "red").save(tiles / "coarse" / "s0-1.png")  # one of another size, in the middle of a batch
     files = sorted(tiles.rglob("*.png"))[:9]
     encoder = load_encoder("texture")
-    (one,), (four,) = (encode_tiles(files, [encoder], batch_size=size, quiet=True) for size in (1, 4))
+    (one,), (four,) = (encode_tiles(files, [encoder], batch_size=size, quiet=True)[0] for size in (1, 4))
     np.testing.assert_allclose(one, four, atol=1e-5)
-    (alone,) = encode_tiles([files[5]], [encoder], quiet=True)
+    (alone,), _ = encode_tiles([files[5]], [encoder], quiet=True)
     np.testing.assert_allclose(one[5], alone[0], atol=1e-5)
 
 
@@ -131,12 +131,21 @@ def test_a_column_asked_for_by_name_has_to_be_there(tiles):
         read_labelled_tiles(tiles, tiles / "tiles.csv", ProbeConfig(group="slide"))
 
 
-def test_tiles_that_are_no_squares_or_no_images_are_named(tiles):
+def test_tiles_that_are_no_squares_or_no_images_are_left_out_by_name(tiles):
+    whole = probe(tiles, config=ProbeConfig(seeds=1), quiet=True)
     Image.new("RGB", (32, 30)).save(tiles / "fine" / "flat.png")
+    Image.new("RGB", (1, 1)).save(tiles / "coarse" / "s0-1b.png")
     (tiles / "fine" / "broken.png").write_bytes(b"no image")
-    for name in ("flat.png", "broken.png"):
-        with pytest.raises(UsageError, match=name):
-            encode_tiles([tiles / "fine" / name], [load_encoder("texture")], quiet=True)
+    said: list[str] = []
+    report = probe(tiles, config=ProbeConfig(seeds=1, batch_size=8), quiet=True, say=said.append)
+    (left_out,) = (remark for remark in said if "left out" in remark)
+    assert "3 of 39 tiles" in left_out and all(name in left_out for name in ("flat.png", "s0-1b.png", "broken.png"))
+    assert report.content["tiles"] == whole.content["tiles"]
+    pd.testing.assert_frame_equal(report.rows, whole.rows, rtol=0.02)
+    for number in range(2):
+        (tiles / "fine" / f"broken{number}.png").write_bytes(b"")
+    with pytest.raises(LabelsError, match=r"5 of 41 tiles cannot be had, more than a tenth: .*s0-1b\.png"):
+        probe(tiles, config=ProbeConfig(seeds=1), quiet=True)
 
 
 def test_a_smaller_set_is_made_of_whole_groups_of_every_class(tiles):

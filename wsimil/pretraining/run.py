@@ -126,6 +126,8 @@ def pretrain(
     settings, out = settings or Settings(), Path(out)
     config, tile, job = settings.pretrain, settings.tile, settings.job
     device = _device(config)
+    if not Path(slides).exists():
+        raise UsageError(f"{slides}: no such folder, slide or table")
     from_tiles = _holds_tiles(Path(slides), config, tile, say)
     if from_tiles and config.mpp_range is not None:
         raise UsageError("--mpp-range is for slides; tile images are taken at the scale they were cut at (--mpp says which)")
