@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from wsimil.aggregators.packed import segment_softmax
-from wsimil.bags.bag import BagHeader
+from wsimil.bags.bag import BagHeader, describe_encoder
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import read_splits, splits_hash
@@ -204,8 +204,8 @@ def _check_encoder(bags: BagFolder, run: _Run) -> None:
     for model in run.models:
         if model.encoder != bags.encoder:
             raise EncoderMismatchError(
-                f"{bags.folder} was made by encoder {bags.encoder[0]} ({bags.encoder[1][:8]}), "
-                f"{model.folder.name} learned from {model.encoder[0]} ({model.encoder[1][:8]}); extract with the model's encoder"
+                f"{bags.folder} was made by {describe_encoder(bags.encoder)}, {model.folder.name} learned from "
+                f"{describe_encoder(model.encoder)}; extract with the model's encoder"
             )
         learned = model.content.get("effective_mpp")
         seen = next(iter(bags.headers.values())).attributes.get("effective_mpp")

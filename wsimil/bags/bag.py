@@ -29,6 +29,7 @@ __all__ = [
     "Geometry",
     "Rows",
     "check_bag",
+    "describe_encoder",
     "read_bag",
     "read_header",
     "read_patches",
@@ -142,6 +143,14 @@ class BagHeader:
     def encoder(self) -> tuple[str, str]:
         """Name and SHA-256 of the weights: bags are mixed only if both agree."""
         return str(self.attributes.get("encoder", "unknown")), str(self.attributes.get("encoder_sha256", ""))
+
+
+def describe_encoder(encoder: tuple[str, str]) -> str:
+    """An encoder's name and weights, for people."""
+    name, sha256 = encoder
+    if name == "unknown" and not sha256:
+        return "an encoder that is not stated"
+    return f"{name} ({sha256[:8]})" if sha256 else name
 
 
 def stored_features(features: np.ndarray, dtype: str) -> np.ndarray:

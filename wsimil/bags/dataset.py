@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from wsimil.bags.bag import Bag, BagHeader, read_header
+from wsimil.bags.bag import Bag, BagHeader, describe_encoder, read_header
 from wsimil.bags.filter import NO_FILTER, kept_tiles
 from wsimil.bags.interop import Known, find_foreign
 from wsimil.batch import BagBatch
@@ -247,8 +247,8 @@ def _check_same_encoder(headers: list[BagHeader]) -> None:
     for header in headers[1:]:
         if header.encoder != first.encoder or header.dim != first.dim:
             raise EncoderMismatchError(
-                f"{first.slide_id} was made by {first.encoder[0]} ({first.dim} wide, {first.encoder[1][:8]}), "
-                f"{header.slide_id} by {header.encoder[0]} ({header.dim} wide, {header.encoder[1][:8]}); "
+                f"{first.slide_id} was made by {describe_encoder(first.encoder)}, {first.dim} wide, "
+                f"{header.slide_id} by {describe_encoder(header.encoder)}, {header.dim} wide; "
                 "extract all slides with one encoder"
             )
         scales = [float(item.attributes.get("effective_mpp", 0)) for item in (first, header)]
