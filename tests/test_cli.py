@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from wsimil import cli
 from wsimil.cli import COMMANDS, main
 
 
@@ -85,3 +86,12 @@ def test_stages_one_by_one(slides: Path, tmp_path: Path, capsys) -> None:
     patches = {path: path.stat().st_mtime_ns for path in job.rglob("*_patches.h5")}
     assert main(["extract", str(slides), "--out", str(job), "--tile-px", "64", "--quiet"]) == 0
     assert len(patches) == 3 and {path: path.stat().st_mtime_ns for path in job.rglob("*_patches.h5")} == patches
+
+
+def test_the_end_of_a_run_groups_reasons_and_names_what_failed(tmp_path, capsys):
+    failed = [f"s{number}: /slides/s{number}.svs: the file is empty" for number in range(30)] + ["odd: no µm/px: pass --slide-mpp"]
+    assert cli._ending(failed, status=tmp_path / "status.csv") == 1
+    *whys, last = capsys.readouterr().err.splitlines()
+    assert whys == ["  30 × the file is empty", "  1 × no µm/px: pass --slide-mpp"]
+    assert last == f"31 failed: {', '.join(f's{number}' for number in range(20))} and 11 more (reasons: {tmp_path / 'status.csv'})"
+    assert cli._ending([], status=tmp_path / "status.csv") == 0 and not capsys.readouterr().err
