@@ -99,7 +99,10 @@ def main() -> None:
     for (method, kind), part in rows.groupby(["method", "probe"]):
         by_seed = part.pivot(index="seed", columns="network", values="balanced_accuracy")
         gain = by_seed["pretrained"] - by_seed["random weights"]
-        spread = {name: f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" for name, values in by_seed.items()}
+        spread = {
+            name: f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+            for name, values in by_seed.items()
+        }
         lines.append(
             {
                 "method": str(method),
