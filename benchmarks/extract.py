@@ -5,6 +5,7 @@
 loader    Tiles as uint8 (wsimil) or as normalised tensors (TRIDENT, CLAM) in the main process, wall time. The first way is theirs:
           `read_region` for each tile and PIL transforms in a DataLoader with a worker a core. Workers of all ways are up before
           the clock starts. wsimil's readers also score every tile for blur and darkness. Threads are measured beside processes.
+          The floor is the decoding of the blocks that the tiles need, from memory, on all cores at once, and nothing else.
 encoder   `wsimil extract` with ViT-S/16 from tiles that are found already, against the model alone on tiles that lie in memory.
 cohort    Fifty small slides against one large slide of as many tiles, with the built-in encoder: what is lost between slides.
 memory    Peak memory of extracting from a slide of 100,000 px a side, mostly glass; all processes together, shared pages once.
@@ -48,6 +49,7 @@ from wsimil.extraction import extract_features, tile_slides
 from wsimil.extraction.extract import sections
 from wsimil.extraction.pool import Call, Failed, Filled, ReaderPool
 from wsimil.slides.cohort import find_slides
+from wsimil.slides.direct import DirectReader
 from wsimil.slides.painting import paint_slide
 from wsimil.slides.quality import tile_quality
 from wsimil.slides.slide import Slide
@@ -84,6 +86,7 @@ CASES = (
 )
 
 THEIRS = "OpenSlide, PIL transforms, DataLoader"
+FLOOR, DCT_FLOOR = "floor: decode the blocks", "floor: decode the blocks DCT-scaled"
 
 
 class _OpenSlideTiles(Dataset):
@@ -188,6 +191,29 @@ def threads(path: Path, case: Case, coords: np.ndarray) -> Callable[[], int]:
     return lambda: sum(pool.map(read, sections(coords, CORES)))
 
 
+def decoding(path: Path, case: Case, coords: np.ndarray, *, dct_scaled: bool) -> Callable[[], int]:
+    """Every core decodes the blocks of its share of the tiles, each once; the decoder lets other threads run."""
+    slide = Slide(path, mpp=case.slide_mpp)
+    reader, reason = open_tiles(slide, tile_level0_px=case.tile_level0_px, tile_px=case.tile_px, dct_scaled=dct_scaled)
+    assert isinstance(reader, DirectReader), reason
+    blocks = reader.blocks
+    spans = np.array_split(np.arange(len(coords)), CORES)
+    shares = [list(blocks.read(reader.walk(coords[span])._order).values()) for span in spans]
+
+    def decode(share: list) -> None:
+        pixels = np.empty(reader.block_shape, np.uint8)
+        for block in share:
+            blocks.decode(block, pixels, reduce=reader.reduce)
+
+    pool = ThreadPoolExecutor(CORES)
+
+    def run() -> int:
+        list(pool.map(decode, shares))
+        return len(coords)
+
+    return run
+
+
 def loader(folder: Path, rounds: int) -> Iterator[str]:
     for case in CASES:
         path = make_slide(folder, block_px=case.block_px, chroma=case.chroma, side_px=20_480)
@@ -211,11 +237,13 @@ def loader(folder: Path, rounds: int) -> Iterator[str]:
             if _installed(module):
                 named[f"{module}, uint8, DataLoader"] = data_loader(tiles(path, some, side, px, None)), len(some)
         named["wsimil, threads"] = threads(path, case, coords), len(coords)
-        readers = [_Readers(path, case, coords, dct_scaled=False)]
-        named["wsimil, processes"] = readers[0], len(coords)
-        if case.slide_mpp == 0.25:
-            readers.append(_Readers(path, case, coords, dct_scaled=True))
-            named["wsimil, processes, DCT-scaled"] = readers[1], len(coords)
+        readers, floors = [], {"wsimil, threads": FLOOR}
+        for name, floor, scaled in (("wsimil, processes", FLOOR, False), ("wsimil, processes, DCT-scaled", DCT_FLOOR, True)):
+            if scaled and case.slide_mpp != 0.25:
+                continue
+            readers.append(_Readers(path, case, coords, dct_scaled=scaled))
+            named |= {name: (readers[-1], len(coords)), floor: (decoding(path, case, coords, dct_scaled=scaled), len(coords))}
+            floors[name] = floor
         rates = {name: [] for name in named}
         for turn in range(rounds + 1):
             for name, (run, n_tiles) in named.items():
@@ -225,7 +253,7 @@ def loader(folder: Path, rounds: int) -> Iterator[str]:
                     rates[name].append(n_tiles / (time.perf_counter() - start))
         for one in readers:
             one.pool.close()
-        yield f"### Loader: {case.title}\n\n{CORES} cores.\n\n" + _table(rates, "tiles/s", THEIRS)
+        yield f"### Loader: {case.title}\n\n{CORES} cores.\n\n" + _table(rates, "tiles/s", THEIRS, floors)
 
 
 def _installed(module: str) -> bool:
@@ -430,13 +458,21 @@ def _mostly_glass(folder: Path, *, side_px: int) -> Path:
 # ---------------------------------------------------------------- the table
 
 
-def _table(rates: dict[str, list[float]], unit: str, first: str) -> str:
-    lines = [f"| way | {unit} | × the first | spread of rounds |", "|---|---|---|---|"]
+def _table(rates: dict[str, list[float]], unit: str, first: str, floors: dict[str, str] | None = None) -> str:
+    """Medians of rounds and of their ratios; `floors` names the floor of a way."""
+
+    def times(name: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True))
+
+    column = " of its floor |" if floors else ""
+    lines = [f"| way | {unit} | × the first |{column} spread of rounds |", "|---|---|---|" + "---|" * (2 if floors else 1)]
     for name, values in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(values, rates[first], strict=True))
-        median = statistics.median(values)
+        ratio, median = times(name, first), statistics.median(values)
         spread = (max(values) - min(values)) / median
-        lines.append(f"| {name} | {median:,.{0 if median >= 100 else 1}f} | {ratio:.{1 if ratio >= 2 else 2}f} | {spread:.0%} |")
+        share = "" if not floors else f" {times(name, floors[name]):.2f} |" if name in floors else " |"
+        lines.append(
+            f"| {name} | {median:,.{0 if median >= 100 else 1}f} | {ratio:.{1 if ratio >= 2 else 2}f} |{share} {spread:.0%} |"
+        )
     return "\n".join([*lines, ""])
 
 
