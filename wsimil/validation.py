@@ -35,6 +35,9 @@ _MANY = 0.2
 _ENOUGH = 20
 """Tiles from which the distance between them says something."""
 
+_HALF_MOST = 65504.0
+"""The largest number of half precision, in which encoders run and features are kept."""
+
 _BLOCK = 4096
 
 
@@ -55,6 +58,7 @@ class Report:
     layouts: list[str]  # none where no file could be read
     n_bags: int
     n_tiles: int
+    n_empty: int  # bags without a usable tile: no fault where a slide has no tissue, but nothing can be said of it
     findings: list[Finding]
 
     @property
@@ -65,8 +69,8 @@ class Report:
         lines = [f"{item.file}: {item.what}\n    {item.do}" for item in self.findings]
         count, bags = len(self.findings), f"{self.n_bags} bag{'s' * (self.n_bags > 1)}"
         found = f"{count} finding{'s' * (count > 1)}" if count else "nothing wrong"
-        layouts = ", ".join(self.layouts) or "unknown"
-        return "\n".join([*lines, f"{self.path}: {bags} of layout {layouts}, {self.n_tiles} tiles: {found}"])
+        layouts, empty = ", ".join(self.layouts) or "unknown", f" ({self.n_empty} without a usable tile)" if self.n_empty else ""
+        return "\n".join([*lines, f"{self.path}: {bags}{empty} of layout {layouts}, {self.n_tiles} tiles: {found}"])
 
 
 def validate_bags(path: str | Path, *, quiet: bool = False) -> Report:
@@ -78,7 +82,7 @@ def validate_bags(path: str | Path, *, quiet: bool = False) -> Report:
     path = Path(path)
     findings: list[Finding] = []
     layouts: set[str] = set()
-    n_bags = n_tiles = 0
+    n_bags = n_tiles = n_empty = 0
     for layout, files in _folders(path):
         seen: list[tuple[BagHeader, Hashable]] = []
         for slide_id, file in progress(list(files.items()), "validate", unit="bag", quiet=quiet):
@@ -90,13 +94,13 @@ def validate_bags(path: str | Path, *, quiet: bool = False) -> Report:
                 what, _, do = str(error).removeprefix(f"{file}: ").rpartition("; ")
                 findings.append(Finding(str(file), what or do, do if what else "make the file again, or remove it"))
                 continue
-            n_tiles += header.n_tiles
+            n_tiles, n_empty = n_tiles + header.n_tiles, n_empty + (not header.scores()[0].any())
             findings += wrong
             seen.append((header, content))
             ours = header.attributes.get("format") == "wsimil-bag"
             layouts.add("trident" if layout.name == "wsimil" and not ours else layout.name)
         findings += _together(seen)
-    return Report(str(path), sorted(layouts), n_bags, n_tiles, findings)
+    return Report(str(path), sorted(layouts), n_bags, n_tiles, n_empty, findings)
 
 
 def _folders(path: Path) -> list[tuple[Layout, dict[str, Path]]]:
@@ -136,13 +140,20 @@ def _one(header: BagHeader, layout: Layout) -> tuple[Hashable, list[Finding]]:
 
 
 def _check_features(features: np.ndarray, valid: np.ndarray, say: Any) -> None:
-    wrong, empty = np.zeros(len(features), bool), np.zeros(len(features), bool)
+    wrong, empty, large = np.zeros((3, len(features)), bool)
+    largest = 0.0
     for start in range(0, len(features), _BLOCK):
         block = slice(start, start + _BLOCK)
-        wrong[block], empty[block] = ~np.isfinite(features[block]).all(1), ~features[block].any(1)
+        most = np.abs(features[block]).max(1, initial=0)  # NaN where one is
+        wrong[block], empty[block] = ~np.isfinite(most), most == 0
+        large[block] = np.isfinite(most) & (most > _HALF_MOST)
+        largest = max(largest, most[large[block] & valid[block]].max(initial=0))
     if count := int((wrong & valid).sum()):
         first = np.flatnonzero(wrong & valid)[0]
         say(f"NaN or infinity in {count} of {len(features)} rows, the first is {first}", "extract again, in fp32")
+    if largest > _HALF_MOST:
+        what = f"values up to {largest:.3g} in {int((large & valid).sum())} of {len(features)} rows"
+        say(what, "extract again: no encoder gives such numbers, and one of them spoils the mean of all tiles in training")
     if count := int((empty & valid).sum()):
         say(f"{count} of {len(features)} rows are all zeros", "extract again: they were never filled, or tiles could not be read")
     rest = np.ascontiguousarray(features[valid & ~empty])

@@ -305,29 +305,6 @@ def test_large_numbers_are_numbers(folder):
     assert (BagFolder(folder).load("e").features == 3e38).all()
 
 
-@pytest.mark.parametrize("block", [1, 3, 4096])
-def test_moments_weigh_slides_alike(folder, monkeypatch, block):
-    monkeypatch.setattr("wsimil.bags.dataset._BLOCK", block)
-    parts = [make_bag("a", 5).features.astype(float), make_bag("b", 7, invalid=2).features[2:].astype(float)]
-    together = np.concatenate(parts)
-    weights = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in parts])
-    expected = np.average(together, axis=0, weights=weights)
-    spread = np.sqrt(np.average((together - expected) ** 2, axis=0, weights=weights))
-    mean, deviation = BagFolder(folder).moments(["a", "b", "c", "d"])  # empty slides weigh nothing
-    np.testing.assert_allclose(mean, expected, rtol=1e-6)
-    np.testing.assert_allclose(deviation, spread, rtol=1e-6)
-
-
-def test_a_feature_that_never_varies_becomes_zero(folder):
-    bag = make_bag("e", 6)
-    bag.features[:, 1] = 0.1
-    write(folder, bag)
-    bags = BagFolder(folder)
-    mean, deviation = bags.moments(["e"])
-    standardized = (bags.load("e").features - mean) / deviation
-    assert (standardized[:, 1] == 0).all() and standardized.isfinite().all()
-
-
 def test_a_fingerprint_changes_with_what_the_bag_was_made_of(folder):
     before = BagFolder(folder).fingerprint("a")
     for changes in ({"recipe_hash": "other"}, {"slide_fingerprint": "other"}):

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from toy_bags import write_cohort
 
+from wsimil.bags.bag import Geometry, read_bag, write_bag
 from wsimil.bags.dataset import BagFolder
 from wsimil.batch import pack
 from wsimil.training.items import LabelledSlides, Steps, TileStore
@@ -104,11 +106,32 @@ def test_a_step_fills_its_budget_of_tiles_and_every_slide_comes_once(toy):
     assert all(sum(step) + following[0] > 100 for step, following in pairwise(sizes))
 
 
-def test_moments_are_those_of_the_folder(toy):
-    slides = slides_of(toy)
+@pytest.mark.parametrize("block", [1, 3, 4096])
+@pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
+def test_moments_weigh_slides_alike(toy, monkeypatch, block, memory_bytes):
+    monkeypatch.setattr("wsimil.training.items._BLOCK", block)
+    slides = slides_of(toy, memory_bytes=memory_bytes)
     for names in (slides.slide_ids[:5], slides.slide_ids[3:]):
-        for ours, theirs in zip(slides.store.moments(names), slides.store.bags.moments(names), strict=True):
-            torch.testing.assert_close(ours, theirs)
+        parts = [slides.store.bags.load(name).features.double().numpy() for name in names]
+        assert len({len(part) for part in parts}) > 1
+        weights = np.concatenate([np.full(len(part), 1 / len(part)) for part in parts])
+        expected = np.average(np.concatenate(parts), axis=0, weights=weights)
+        spread = np.sqrt(np.average((np.concatenate(parts) - expected) ** 2, axis=0, weights=weights))
+        mean, deviation = slides.store.moments(names)
+        np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(deviation, spread, rtol=1e-5)
+
+
+def test_a_feature_that_never_varies_becomes_zero(tmp_path):
+    folder = write_cohort(tmp_path, n_slides=4)
+    for path in folder.glob("features_toy/*.h5"):
+        bag = read_bag(path)
+        bag.features[:, 1] = 0.1
+        write_bag(path, bag, Geometry(224, 224.0, 0, 20_000, 20_000, 0.5, 0.5, path.stem))
+    slides = slides_of(folder)
+    mean, deviation = slides.store.moments(slides.slide_ids)
+    standardized = (slides.store.bag(slides.slide_ids[0]).features - mean) / deviation
+    assert (standardized[:, 1] == 0).all() and standardized.isfinite().all() and standardized[:, 0].any()
 
 
 def test_an_objective_may_order_the_slides(toy):

@@ -55,6 +55,13 @@ def test_a_good_folder_of_ours_has_no_findings(toy):
     assert validate_bags(toy / "s01.h5", quiet=True).n_bags == 1
 
 
+def test_bags_without_a_usable_tile_are_counted_and_no_fault(toy):
+    rewrite(toy / "s01.h5", valid=np.zeros(len(read_bag(toy / "s01.h5").valid), bool))
+    report = validate_bags(toy, quiet=True)
+    assert not report.findings and report.n_empty == 1
+    assert "4 bags (1 without a usable tile) of layout wsimil" in report.text()
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -97,10 +104,16 @@ def test_features_and_coordinates_of_different_length_are_found(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(np.nan, "NaN or infinity in 2 of"), (np.inf, "NaN or infinity"), (0, "2 of .* all zeros")]
+    ("value", "words"),
+    [
+        (np.nan, "NaN or infinity in 2 of"),
+        (np.inf, "NaN or infinity"),
+        (0, "2 of .* all zeros"),
+        (-3e38, "values up to 3e\\+38 in 2 of"),
+    ],
 )
 def test_rows_without_meaning_are_counted(toy, value, words):
-    features = read_bag(toy / "s01.h5").features.copy()
+    features = read_bag(toy / "s01.h5").features.astype(np.float32)
     features[[3, 7]] = value
     rewrite(toy / "s01.h5", features=features)
     ((name, what),) = found(toy)

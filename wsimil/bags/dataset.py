@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,6 @@ from wsimil.errors import BagFormatError, EncoderMismatchError, UsageError
 from wsimil.files import fingerprint
 
 __all__ = ["BagFolder", "find_features_folder"]
-
-_BLOCK = 4096
 
 
 def find_features_folder(folder: str | Path) -> Path:
@@ -200,24 +197,6 @@ class BagFolder:
 
     def _fits(self, header: BagHeader) -> bool:
         return header.slide_id not in self._cache and _size(header) <= self._cache_left
-
-    def moments(self, slide_ids: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation (D,) of the features over all tiles of these slides, each slide weighing the same."""
-        count, mean, square = 0, np.zeros(self.dim), np.zeros(self.dim)
-        for slide_id in slide_ids:
-            features = self.load(slide_id).features.numpy()
-            if not len(features):
-                continue
-            count += 1
-            for start in range(0, len(features), _BLOCK):  # a slide in float64 would be four times its file
-                block = features[start : start + _BLOCK].astype(np.float64)
-                mean += block.sum(0) / len(features)
-                square += (block**2).sum(0) / len(features)
-        mean, square = mean / max(1, count), square / max(1, count)
-        deviation = np.sqrt(np.maximum(square - mean**2, 0))
-        # a feature that never varies carries nothing: leave it at zero instead of blowing up its noise
-        deviation[deviation < 1e-6 * (1 + np.abs(mean))] = np.inf
-        return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(deviation.astype(np.float32))
 
 
 def _size(header: BagHeader) -> int:
