@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from wsimil.errors import UsageError
+
 __all__ = [
     "OUTPUT_MARK",
     "SLIDE_SUFFIXES",
@@ -87,8 +89,15 @@ OUTPUT_MARK = ".wsimil-output"
 
 
 def mark_output(folder: Path) -> None:
-    """Make `folder` and mark it as written by wsimil: the search for slides passes over it, wherever it lies."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make `folder` and mark it as written by wsimil: the search for slides passes over it, wherever it lies.
+
+    Raises:
+        UsageError: a file is in the way.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"{folder}: a file of this name (or of a folder above it) is in the way; take another --out") from error
     (folder / OUTPUT_MARK).touch()
 
 

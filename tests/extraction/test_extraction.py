@@ -18,13 +18,13 @@ import tifffile
 import torch
 from conftest import speckled, write_three
 
-from wsimil.bags.bag import read_bag, read_header
+from wsimil.bags.bag import read_bag, read_header, read_patches
 from wsimil.cli import main
 from wsimil.config import ExtractConfig, JobConfig, TileConfig
 from wsimil.encoders import load_encoder
 from wsimil.encoders.texture import TextureEncoder
 from wsimil.errors import UsageError
-from wsimil.extraction import extract_features
+from wsimil.extraction import extract_features, tile_slides
 from wsimil.slides.painting import Scanner, paint_slide
 from wsimil.slides.slide import Slide
 from wsimil.slides.write_tiff import write_slide
@@ -194,6 +194,48 @@ def test_a_bag_of_another_recipe_is_kept_unless_told(slides: Path, job: Path) ->
     assert all(status == "failed" and "--overwrite-stale" in reason for status, reason in statuses(job).values())
     extract_features(slides, job, tile=other, extract=ExtractConfig(overwrite_stale=True), job=ONE, quiet=True)
     assert {status for status, _ in statuses(job).values()} == {"done", "empty"}
+
+
+def test_patches_are_not_replaced_below_a_bag_that_was_made_of_them(slides: Path, job: Path) -> None:
+    patches = {path: path.read_bytes() for path in job.rglob("*_patches.h5")}
+    other = TileConfig(tile_px=64, min_tissue=0.9)
+    rows = {row.slide_id: row for row in tile_slides(slides, job, config=other, job=ONE, quiet=True)}
+    refused = [row for row in rows.values() if row.status == "failed"]
+    assert refused and all("features_texture/" in row.reason and "--overwrite-stale" in row.reason for row in refused)
+    assert {path: path.read_bytes() for path in patches} == patches
+    again = extract_features(slides, job, tile=other, extract=ExtractConfig(overwrite_stale=True), job=ONE, quiet=True)
+    assert not again.failed
+    for row in again.rows:
+        assert np.array_equal(
+            read_bag(job / FOLDER / f"{row.slide_id}.h5").coords_level0_px,
+            read_patches(job / f"20x_64px_0px_overlap/patches/{row.slide_id}_patches.h5")[0],
+        )
+
+
+def test_pictures_that_somebody_removed_come_back(slides: Path, job: Path) -> None:
+    bags = {path: path.read_bytes() for path in job.rglob("features_*/*.h5")}
+    pictures = {path: path.read_bytes() for folder in ("overviews", "tissue") for path in (job / folder).iterdir()}
+    for path in pictures:
+        path.unlink()
+    assert not [row for row in tile_slides(slides, job, config=TILE, job=ONE, quiet=True) if row.status == "failed"]
+    assert {path: path.read_bytes() for path in pictures} == pictures
+    assert {path: path.read_bytes() for path in bags} == bags
+
+
+def test_an_id_too_long_for_a_file_name_is_a_row(slides: Path, tmp_path: Path) -> None:
+    deep = slides / ("d" * 120) / ("e" * 120) / "f.tiff"
+    deep.parent.mkdir(parents=True)
+    shutil.copy(next(slides.glob("*.tiff")), deep)
+    rows = tile_slides(slides, tmp_path / "job", config=TILE, job=ONE, quiet=True)
+    (failed,) = [row for row in rows if row.status == "failed"]
+    assert "slide_id column" in failed.reason and len(rows) == 4
+    assert len(statuses(tmp_path / "job")) == 4
+
+
+def test_a_file_where_the_job_folder_should_be(slides: Path, tmp_path: Path) -> None:
+    (tmp_path / "job").touch()
+    for out in (tmp_path / "job", tmp_path / "job/below"):
+        assert main(["tile", str(slides), "--out", str(out), "--tile-px", "64", "--quiet"]) == 2
 
 
 def test_a_changed_slide_file_is_noticed(slides: Path, job: Path) -> None:

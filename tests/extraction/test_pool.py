@@ -173,6 +173,25 @@ def test_a_python_that_cannot_start_readers_says_so(monkeypatch: pytest.MonkeyPa
             pool.next(1.0)
 
 
+def test_a_reader_killed_before_it_is_ready_is_started_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kills, python = tmp_path / "kills", sys.executable
+    script = tmp_path / "python"  # the first two of it die on their way
+    script.write_text(f'#!/bin/sh\necho >> {kills}\n[ $(wc -l < {kills}) -gt 2 ] || kill -9 $$\nexec {python} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with ReaderPool(1, timeout=30.0) as pool:
+        done = outcome(pool, call("echo", 7))
+        assert isinstance(done, Done) and done.value == 7 and pool.lost == 2
+
+
+def test_one_that_is_always_killed_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with ReaderPool(1, timeout=30.0) as pool, pytest.raises(WsimilError, match="could not start"):
+        outcome(pool, call("echo", 7))
+
+
 def test_memory_holds_at_least_one_tile_however_large() -> None:
     with ReaderPool(1, timeout=30.0, tile_bytes=2648 * 2648 * 3) as pool:
         pool.start(Call("s", "test_pool:fill_large", ()))

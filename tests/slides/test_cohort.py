@@ -69,6 +69,13 @@ def test_a_link_to_a_slide_is_a_slide(tmp_path: Path) -> None:
         Slide(find_slides(tmp_path / "slides")[1].path)
 
 
+def test_a_link_to_a_slide_that_is_there_anyway_is_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path, "a.svs", "deep/b.svs", ".store/c", ".store/d.svs")
+    for link, target in (("twin.svs", "a.svs"), ("deep/twin.svs", "a.svs"), ("c.svs", ".store/c"), ("d.svs", ".store/d.svs")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    assert ids(tmp_path) == ["a", "c", "d", "deep__b"]  # what lies hidden is seen by its link alone
+
+
 def test_two_slides_of_one_id_stop_before_any_work(tmp_path: Path) -> None:
     touch(tmp_path, "a.svs", "a.tiff")
     with pytest.raises(UsageError, match=r"a\.svs and .*a\.tiff would both be a; .*slide_id"):
@@ -241,6 +248,9 @@ def test_a_table_names_slides_and_states_their_scale(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("slide,mpp\na.svs,0.25\nb.svs,20x\n", r"line 3: mpp is '20x'"),
+        ("slide,mpp\na.svs,0.25\nb.svs,0\n", r"line 3: mpp is 0; .*above 0"),
+        ("slide,mpp\na.svs,-0.5\n", r"line 2: mpp is -0.5"),
+        ("slide,mpp\na.svs,nan\n", r"line 2: mpp is nan"),
         ("slide,mpp\na.svs,0.25\n,0.5\n", r"line 3: the slide is empty"),
         ('slide,mpp\na.svs,"0,25"\n', r"line 2: mpp is '0,25'"),  # could be a thousand somewhere else
         ("slide,mpp\na.svs,0,25\n", r"line 2: more cells than columns"),

@@ -12,6 +12,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from wsimil.errors import SlideReadError
 from wsimil.slides import blocks as blocks_module
 from wsimil.slides import direct
 from wsimil.slides.blocks import BlockLevel
@@ -103,6 +104,32 @@ def test_tiles_are_those_of_the_plain_path_bit_for_bit(slides: dict[str, Path], 
         assert not failures
         assert np.array_equal(found, plain(slide, reader, coords))
     assert (found.reshape(len(found), -1).std(1) > 5).sum() > 20  # not an empty comparison
+
+
+def test_every_colour_of_jpeg2000_is_openslides(tmp_path: Path) -> None:
+    cb, cr = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
+    ycbcr = np.stack([np.full_like(cb, 128), cb, cr], -1).astype(np.uint8)
+    block = imagecodecs.jpeg2k_encode(ycbcr, level=0, codecformat="j2k", colorspace="SYCC", mct=False, reversible=True)
+    assert (imagecodecs.jpeg2k_decode(block) == ycbcr).all()
+    path, description = tmp_path / "s.svs", "Aperio Image Library v11\n256x256 [0,0 256x256] (256x256) J2K/YUV16 Q=70|MPP = 0.5"
+    with tifffile.TiffWriter(path) as writer:
+        writer.write(
+            iter([block]),
+            shape=(256, 256, 3),
+            dtype=np.uint8,
+            tile=(256, 256),
+            photometric="rgb",
+            compression="jpeg",
+            description=description,
+            metadata=None,
+        )
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags["Compression"].overwrite(33003)
+    with Slide(path) as slide:
+        reader = opened(slide, 256.0, 256)
+        assert reader.blocks.codec == "jpeg2000"
+        coords = np.array([[0, 0]])
+        assert np.array_equal(read(reader, coords)[0], plain(slide, reader, coords))
 
 
 def without_hints(jpeg: bytes) -> bytes:
@@ -305,6 +332,66 @@ def test_a_damaged_block_is_an_error_of_the_tiles_that_touch_it(
         assert np.array_equal(found[~touch], plain(whole, reader, coords[~touch]))
 
 
+def garble(path: Path, blocks: list[int]) -> None:
+    """Damage that OpenSlide reads without a word: rubbish in the middle of a block, without markers."""
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        places = [page.dataoffsets[block] + page.databytecounts[block] // 2 for block in blocks]
+    with open(path, "r+b") as file:
+        for number, place in enumerate(places):
+            file.seek(place)
+            file.write(np.random.default_rng(number).integers(0, 255, 100, np.uint8).tobytes())
+
+
+def test_damage_in_the_tiles_that_are_compared_is_damage_all_the_same(slides: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "s.svs"
+    path.write_bytes(slides["4:2:0"].read_bytes())
+    with Slide(path) as slide:
+        largest = np.argsort(opened(slide, 256.0, 256).blocks.sizes)[-2:].tolist()
+    garble(path, largest)
+    with Slide(path) as slide:
+        reader = opened(slide, 256.0, 256)
+        coords = np.array([[256 * (block % 4), 256 * (block // 4)] for block in range(16)])
+        for block in largest:
+            x, y = coords[block].tolist()
+            slide.read_tile(x, y, tile_level0_px=256.0, tile_px=256)  # for OpenSlide these are pixels
+        # tiles over the rim, which `Slide` reads, too
+        assert sorted(read(reader, coords)[1]) == sorted(largest)
+
+
+@pytest.mark.parametrize("block", [3, 15])
+def test_damage_is_noticed_below_a_tile_over_the_rim(slides: dict[str, Path], tmp_path: Path, block: int) -> None:
+    path = tmp_path / "s.svs"
+    path.write_bytes(slides["4:2:0"].read_bytes())
+    garble(path, [block])
+    with Slide(path) as slide:
+        reader = opened(slide, 200.0, 200)
+        over = np.array([[900, 600 * (block // 15)], [900, 300]])
+        found, failures = read(reader, over)
+        assert list(failures) == [0] and f"block at (768, {block // 4 * 256})" in failures[0]
+        assert not found[0].any() and np.array_equal(found[1:], plain(slide, reader, over[1:]))
+
+
+@pytest.mark.parametrize("lost", [2, 6])
+def test_a_coarser_level_over_a_gap_is_for_the_plain_path_to_read(tmp_path: Path, lost: int) -> None:
+    """Of Aperio's slides OpenSlide leaves gaps in all levels where the finest has one, and blends at their rims."""
+    path = tmp_path / "s.svs"
+    write_slide(path, colours(1024, 1024), mpp=0.25, vendor="aperio", downsamples=(1, 4), tile_px=128)
+    damage(path, "left out", 8 * lost + 3)
+    with Slide(path) as slide:
+        reader = opened(slide, 4 * 32.0, 32)
+        assert reader.level == 1
+        coords = tile_grid(Rect(0, 0, 1024, 1024), tile_level0_px=128, step_level0_px=101).coords_level0_px
+        found, failures = read(reader, coords)
+        assert failures
+        for row, (x, y) in enumerate(coords.tolist()):
+            if row in failures:
+                with pytest.raises(SlideReadError):
+                    slide.read_tile(x, y, tile_level0_px=128.0, tile_px=32)
+            else:
+                assert np.array_equal(found[row], slide.read_tile(x, y, tile_level0_px=128.0, tile_px=32))
+
+
 def test_what_a_missing_block_means_is_for_the_plain_path_to_say(slides: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "s.svs"
     path.write_bytes(slides["4:2:0"].read_bytes())
@@ -350,6 +437,21 @@ def test_dct_scaling_is_near_the_area_mean_and_in_its_place(tmp_path: Path, kind
         assert 0 < near < 2
         for axis in (1, 2):  # a pixel off would be far worse
             assert np.abs(np.roll(found, 1, axis) - wanted).mean() > 3 * near
+
+
+@pytest.mark.parametrize("at_once", [1000, 3])
+def test_tiles_between_two_half_size_pixels_are_read_at_full_size(tmp_path: Path, at_once: int) -> None:
+    """Corners that another program chose can be odd: half a pixel off would be worse than slow."""
+    write_slide(tmp_path / "s.svs", 64 + colours(WIDTH, HEIGHT, smooth=4.0) // 2, mpp=0.25, downsamples=(1,), quality=95)
+    with Slide(tmp_path / "s.svs") as slide:
+        exact, scaled = opened(slide, 200.0, 100), opened(slide, 200.0, 100, dct_scaled=True)
+        coords = in_rows(np.random.default_rng(0).integers(0, (790, 570), (40, 2)))
+        odd = (coords % 2).any(1)
+        assert 20 < odd.sum() < 37
+        wanted, found = read(exact, coords)[0], read(scaled, coords, at_once=at_once)[0]
+        assert np.array_equal(found[odd], wanted[odd])
+        assert all(not np.array_equal(one, other) for one, other in zip(found[~odd], wanted[~odd], strict=True))
+        assert np.array_equal(found[~odd], read(scaled, coords[~odd])[0])
 
 
 @pytest.mark.parametrize(("kind", "side"), [("4:2:0", 100.0), ("4:2:0", 300.0), ("4:2:0", 198.0), ("jpeg2000", 200.0)])

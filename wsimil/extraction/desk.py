@@ -22,6 +22,9 @@ from wsimil.slides.cohort import SlideFile
 
 __all__ = ["NO_MORE_SPACE", "BookedDesk", "Desk", "no_more_room"]
 
+_MOST_BYTES = 255 - len("_patches.h5")
+"""Of an id: file systems end names at 255 bytes."""
+
 NO_MORE_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _LOOK_AGAIN_S = 1.0
 
@@ -85,6 +88,10 @@ class BookedDesk(Desk):
     def next(self) -> SlideFile | None:
         while self._waiting:
             file = self._waiting.popleft()
+            if len(os.fsencode(file.slide_id)) > _MOST_BYTES:
+                why = f"its id has more than the {_MOST_BYTES} bytes of a file name; give a slide table with a slide_id column"
+                self.finish(Row(file.name, file.slide_id, "failed", why))
+                continue
             if self._claims.take(file.slide_id):
                 return file
             self._elsewhere.append(file)

@@ -99,7 +99,15 @@ def prepare(reading: Reading, file: SlideFile, wanted: Wanted) -> Prepared:
         missing = tuple(number for number, count in enumerate(counts) if count is None)
         if not missing:
             return Prepared(slide_fingerprint, hashes, (), counts[0] or 0, None)
-        tiled = tile_slide(slide, file, wanted.job, wanted.tile, slide_fingerprint=slide_fingerprint, request=request)
+        tiled = tile_slide(
+            slide,
+            file,
+            wanted.job,
+            wanted.tile,
+            slide_fingerprint=slide_fingerprint,
+            request=request,
+            overwrite_stale=wanted.overwrite_stale,
+        )
         stain = _fit_stain(reading, slide, tiled, wanted) if wanted.stain and len(tiled.tiles.coords_level0_px) else None
         return Prepared(slide_fingerprint, hashes, missing, len(tiled.tiles.coords_level0_px), tiled, stain)
 

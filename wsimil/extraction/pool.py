@@ -32,6 +32,9 @@ __all__ = ["Call", "Done", "Failed", "Filled", "ReaderCrash", "ReaderPool", "Rem
 
 _SLOTS = 3
 _SLOT_BYTES = 8 << 20
+_START_TRIES = 3
+"""A reader that is killed before it is ready is started again so often, on average."""
+
 _START_UP_S = 600.0
 """Patience with a Python that starts from a slow network folder."""
 
@@ -200,6 +203,9 @@ class ReaderPool:
 
     def _gone(self, reader: _Reader) -> Failed | None:
         code, printed = reader.end()
+        if not reader.ready and code < 0 and self.lost < _START_TRIES * len(self._readers):
+            self._replace(reader).take_over(reader)  # killed from outside: what it was asked, another is
+            return None
         if not reader.ready:
             raise WsimilError(f"a process that reads slides could not start (exit {code}): {printed[-2000:].strip()}")
         call = reader.call
@@ -211,10 +217,11 @@ class ReaderPool:
         name = signal.Signals(-code).name if code < 0 else f"exit {code}"
         return Failed(call, SlideUnreadableError(f"a library crashed on it ({name}): the file is damaged"))
 
-    def _replace(self, reader: _Reader) -> None:
+    def _replace(self, reader: _Reader) -> _Reader:
         self.lost += 1
         reader.kill()
-        self._readers[self._readers.index(reader)] = self._start()
+        new = self._readers[self._readers.index(reader)] = self._start()
+        return new
 
     def close(self) -> None:
         """End all readers, whatever they do."""
@@ -261,6 +268,11 @@ class _Reader:
     def start(self, call: Call) -> None:
         self.call, self.heard = call, time.monotonic()
         self._say("call", (call.function, call.arguments))
+
+    def take_over(self, other: _Reader) -> None:
+        """Start the call of a reader that has not begun."""
+        if other.call is not None:
+            self.start(other.call)
 
     def give_slot(self, slot: int) -> None:
         self.free_slots += 1

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import glob
 import warnings
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,7 @@ import numpy as np
 from wsimil.bags.bag import Geometry, read_patches, write_patches
 from wsimil.bags.places import Places, find_places, read_places
 from wsimil.config import JobConfig, TileConfig
-from wsimil.errors import BagFormatError, CompanionError, ScaleError, UsageError
+from wsimil.errors import BagFormatError, CompanionError, ScaleError, StaleBagError, UsageError
 from wsimil.extraction.engine import Stage, run_slides
 from wsimil.extraction.job import Job, Row
 from wsimil.files import atomic_path, file_sha256, hash_of, write_json
@@ -135,15 +136,24 @@ def tile_recipe(config: TileConfig, scale: Scale, roi: Path | None) -> dict[str,
 
 
 def tile_slide(
-    slide: Slide, file: SlideFile, job: Job, config: TileConfig, *, slide_fingerprint: str, request: Request | None = None
+    slide: Slide,
+    file: SlideFile,
+    job: Job,
+    config: TileConfig,
+    *,
+    slide_fingerprint: str,
+    request: Request | None = None,
+    overwrite_stale: bool = False,
 ) -> TiledSlide:
     """Tile one open slide, or read back what the same recipe made of the same file.
 
     Args:
         request: what `request_of` says of this slide, where that is known already.
+        overwrite_stale: bags that were made of other tiles do not keep it from being tiled anew.
 
     Raises:
         ScaleError, CompanionError: see `request_of`.
+        StaleBagError: there are bags of it, made of other tiles.
         SlideUnreadableError, SlideReadError: the file breaks.
     """
     request = request or request_of(slide, file.slide_id, config)
@@ -179,6 +189,13 @@ def tile_slide(
     path = job.geometry_folder(config.mpp, config.tile_px, config.overlap_px) / "patches" / f"{file.slide_id}_patches.h5"
     recipe_hash = hash_of(request.recipe)
     there = _read_back(path, recipe_hash, slide_fingerprint, tile_level0_px)
+    if there is None and not overwrite_stale and (bag := _bag_of_other_tiles(path, recipe_hash, slide_fingerprint)):
+        raise StaleBagError(
+            f"{bag.parent.name}/{bag.name} exists and was made of other tiles (another recipe, or another version of the slide "
+            "file); take another --out, or remove the bag (`wsimil extract --overwrite-stale` replaces it)"
+        )
+    if there is not None and not (job.tissue(file.slide_id).exists() and job.overview(file.slide_id).exists()):
+        there = None  # somebody has tidied up: drawn again
     tiles = there or _find_tiles(slide, file, job, config, request)
     if there is None:
         write_patches(path, tiles.coords_level0_px, tiles.qc, geometry, {**attributes, "recipe_hash": recipe_hash})
@@ -195,6 +212,17 @@ def _read_back(path: Path, recipe_hash: str, slide_fingerprint: str, tile_level0
     if (attributes.get("recipe_hash"), attributes.get("slide_fingerprint")) != (recipe_hash, slide_fingerprint):
         return None
     return Tiles(coords, qc, tile_level0_px)
+
+
+def _bag_of_other_tiles(patches: Path, recipe_hash: str, slide_fingerprint: str) -> Path | None:
+    """A bag of the slide beside patches that another recipe or slide file made."""
+    try:
+        attributes = read_patches(patches)[2]
+    except (BagFormatError, OSError):
+        return None  # none there, or broken
+    if (attributes.get("recipe_hash"), attributes.get("slide_fingerprint")) == (recipe_hash, slide_fingerprint):
+        return None
+    return next(iter(patches.parents[1].glob(f"features_*/{glob.escape(attributes['slide_id'])}.h5")), None)
 
 
 def _find_tiles(slide: Slide, file: SlideFile, job: Job, config: TileConfig, request: Request) -> Tiles:

@@ -105,8 +105,11 @@ class _File:
         self.number = self._file.fileno()
 
 
-def open_blocks(path: Path, level_dimensions: tuple[int, int], *, nth: int = 0) -> BlockLevel:
+def open_blocks(path: Path, level_dimensions: tuple[int, int], *, nth: int = 0, gaps_spread: bool = False) -> BlockLevel:
     """The level of this (width, height) in a tiled TIFF; `nth` among levels of the same size.
+
+    Args:
+        gaps_spread: count a block as left out where a finer level has left one out.
 
     Raises:
         BlocksUnknownError: no such level, or one stored in another way.
@@ -116,14 +119,15 @@ def open_blocks(path: Path, level_dimensions: tuple[int, int], *, nth: int = 0) 
     try:
         with tifffile.TiffFile(path) as tiff:
             # the label and the overview of a slide are stored in strips
-            pages = [
-                page
-                for page in tiff.pages
-                if isinstance(page, tifffile.TiffPage) and page.is_tiled and (page.imagewidth, page.imagelength) == level_dimensions
-            ]
+            tiled = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
+            pages = [page for page in tiled if (page.imagewidth, page.imagelength) == level_dimensions]
             if len(pages) <= nth:
                 raise BlocksUnknownError("no tiled page of the level's size")
-            return _level(pages[nth], _File(path))
+            level = _level(pages[nth], _File(path))
+            finer = [page for page in tiled if page.imagewidth > level.width] if gaps_spread else []
+            for page in finer:
+                level.sizes[_below_gaps(level, page)] = 0
+            return level
     except BlocksUnknownError:
         raise
     except Exception as error:  # whatever a strange file makes tifffile trip over
@@ -148,6 +152,21 @@ def _level(page: tifffile.TiffPage, file: _File) -> BlockLevel:
     sizes = np.where(offsets > 0, sizes, 0)
     shape = page.imagewidth, page.imagelength, page.tilewidth, page.tilelength
     return BlockLevel(*shape, columns, offsets, sizes, codec, decode, file)
+
+
+def _below_gaps(level: BlockLevel, finer: tifffile.TiffPage) -> list[int]:
+    """Blocks of a level that show what lies in blocks that a finer level has left out."""
+    gaps = np.flatnonzero((np.asarray(finer.databytecounts) == 0) | (np.asarray(finer.dataoffsets) == 0)).tolist()
+    columns, found = -(-finer.imagewidth // finer.tilewidth), set()
+    x_scale, y_scale = level.width / finer.imagewidth, level.height / finer.imagelength
+    for row, column in (divmod(gap, columns) for gap in gaps):
+        x0, x1 = (int(edge * finer.tilewidth * x_scale) for edge in (column, column + 1))
+        y0, y1 = (int(edge * finer.tilelength * y_scale) for edge in (row, row + 1))
+        # a pixel more on every side: coarser pixels are made of several
+        across = range(max(0, x0 - 1) // level.block_width, min(level.columns - 1, (x1 + 1) // level.block_width) + 1)
+        down = range(max(0, y0 - 1) // level.block_height, min(level.height - 1, y1 + 1) // level.block_height + 1)
+        found.update(at_row * level.columns + at for at_row in down for at in across)
+    return sorted(found)
 
 
 def _jpeg_decoder(head: bytes) -> _Decode:
@@ -182,14 +201,12 @@ def _jpeg2000_decoder(colours: str) -> _Decode:
 _CHROMA = np.arange(256) - 128
 _RED = np.floor(1.402 * _CHROMA + 0.5).astype(np.int16)
 _BLUE = np.floor(1.772 * _CHROMA + 0.5).astype(np.int16)
-_GREEN_OF_CR = -np.floor(0.714136 * 65536 + 0.5).astype(np.int32) * _CHROMA.astype(np.int32)
-_GREEN_OF_CB = -np.floor(0.344136 * 65536 + 0.5).astype(np.int32) * _CHROMA.astype(np.int32) + 32768
+_GREEN = np.floor(-0.34414 * _CHROMA[:, None] - 0.71414 * _CHROMA + 0.5).astype(np.int16)  # [cb, cr]
 
 
 def _rgb_from_ycbcr(ycbcr: np.ndarray, rgb: np.ndarray) -> None:
-    """JFIF's conversion, rounded as libjpeg and OpenSlide do."""
+    """JFIF's conversion, with the coefficients and the rounding of OpenSlide."""
     y, cb, cr = (ycbcr[..., channel] for channel in range(3))
     light = y.astype(np.int16)
-    green = ((_GREEN_OF_CB[cb] + _GREEN_OF_CR[cr]) >> 16).astype(np.int16)
-    for channel, shift in enumerate((_RED[cr], green, _BLUE[cb])):
+    for channel, shift in enumerate((_RED[cr], _GREEN[cb, cr], _BLUE[cb])):
         rgb[..., channel] = np.clip(light + shift, 0, 255)

@@ -3,13 +3,14 @@
 - Ids come from paths below the given folder, so slides of equal name in two folders stay apart.
 - Two equal ids are an error before any work.
 - A DICOM series is one slide, whatever the number of its files; companions of multi-file slides are not slides.
-- Links to folders are followed, each folder once; a link to a folder that is below the given one anyway is passed over.
+- Links to folders are followed, each folder once; a link to what is below the given folder anyway is passed over.
 - What cannot be listed or opened is a slide too: it ends as a failed row with a reason, not in silence.
 - Only regular files are looked into: reading from a pipe that bears a slide's name would wait for ever.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -117,7 +118,11 @@ def _in_folder(root: Path) -> list[SlideFile]:
             subfolders.clear()
             continue
         subfolders[:] = sorted(name for name in subfolders if not (name.startswith(".") or _linked_inside(folder, name, real_root)))
-        names = sorted(name for name in files if not name.startswith(".") and name.lower().endswith(SLIDE_SUFFIXES))
+        names = sorted(
+            name
+            for name in files
+            if name.lower().endswith(SLIDE_SUFFIXES) and not (name.startswith(".") or _linked_slide_inside(folder, name, real_root))
+        )
         tiles = {part for name in names if _is_vms(name) for part in _parts_of_vms(Path(folder, name), names)}
         dicom = [name for name in names if name.lower().endswith(".dcm")]
         below = PurePosixPath(Path(folder).relative_to(root).as_posix())
@@ -135,6 +140,15 @@ def _in_folder(root: Path) -> list[SlideFile]:
 def _linked_inside(folder: str, name: str, real_root: str) -> bool:
     path = os.path.join(folder, name)
     return os.path.islink(path) and os.path.join(os.path.realpath(path), "").startswith(os.path.join(real_root, ""))
+
+
+def _linked_slide_inside(folder: str, name: str, real_root: str) -> bool:
+    """Whether a slide is a link to one that is found below the folder anyway."""
+    if not _linked_inside(folder, name, real_root):
+        return False
+    real = os.path.realpath(os.path.join(folder, name))
+    shown = os.path.relpath(real, real_root).split(os.sep)
+    return os.path.isfile(real) and real.lower().endswith(SLIDE_SUFFIXES) and not any(part.startswith(".") for part in shown)
 
 
 _OTHER_TABLES = {
@@ -170,9 +184,12 @@ def _number(text: str, cells: Cells, where: str) -> float | None:
     if cells.separator != ",":
         text = re.sub(r"^(\d*),(\d+)$", r"\1.\2", text)  # as spreadsheets write it in much of the world
     try:
-        return float(text) if text else None
+        mpp = float(text) if text else None
     except ValueError:
         raise UsageError(f"{where}: mpp is {text!r}; expected µm/px as a number") from None
+    if mpp is not None and not 0 < mpp < math.inf:
+        raise UsageError(f"{where}: mpp is {text}; expected µm/px above 0, or nothing where it is not known")
+    return mpp
 
 
 def _files_of(path: Path) -> list[Path]:

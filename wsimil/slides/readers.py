@@ -21,6 +21,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 import openslide
+import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from wsimil.errors import SlideReadError, SlideUnreadableError
@@ -31,6 +32,11 @@ __all__ = ["Reader", "level_downsample", "open_reader"]
 
 _STORE_EVERY_BLOCK = ("openslide:aperio", "openslide:generic-tiff", "openslide:trestle")
 """The other kinds rightly leave out what was not scanned."""
+
+_SAVE_ANEW = "save it anew as RGB, for example with `vips tiffsave in.tif out.tif --tile --pyramid --compression jpeg`"
+
+_PIECE_PX = 512
+"""Largest side of the pieces that are read around damage."""
 
 _GLASS, _UNFILLED = 220, 16
 """A pixel shows something if its darkest channel is below the one and its lightest above the other."""
@@ -49,7 +55,8 @@ class Reader(Protocol):
     def read(self, level: int, x: int, y: int, width: int, height: int, *, patch: bool = False) -> np.ndarray:
         """uint8 (height, width, 3) at a position in pixels of that level; white outside. Raises SlideReadError.
 
-        With `patch`, a block that the file lacks is no error but filled from another level or its surroundings: for overviews.
+        With `patch`, a block that the file lacks or that is damaged is no error but filled from another level or its surroundings:
+        for overviews.
         """
         ...
 
@@ -79,7 +86,9 @@ def open_reader(path: Path) -> Reader:
     try:
         return OpenSlideReader(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
-        if path.suffix.lower() in (".tif", ".tiff"):  # a plain TIFF: neither tiled nor a pyramid
+        if path.suffix.lower() in (".tif", ".tiff"):
+            if reason := _beyond_a_plain_tiff(path):
+                raise SlideUnreadableError(reason) from error
             return ImageReader(path)
         raise SlideUnreadableError("no reader knows this file: it is damaged, or not a slide") from error
     except openslide.OpenSlideError as error:
@@ -94,6 +103,9 @@ class OpenSlideReader:
         self._slide = openslide.OpenSlide(path)
         properties = self._slide.properties
         self.kind = f"openslide:{properties.get(openslide.PROPERTY_NAME_VENDOR, 'unknown')}"
+        if self.kind == "openslide:generic-tiff" and (reason := _not_rgb(path)):
+            self._slide.close()
+            raise SlideUnreadableError(reason)
         self.file_mpp, self.mpp_key = _ome_mpp(properties.get("tiff.ImageDescription", ""), path.name)
         if self.file_mpp is None:
             x, y = properties.get(openslide.PROPERTY_NAME_MPP_X), properties.get(openslide.PROPERTY_NAME_MPP_Y)
@@ -101,11 +113,24 @@ class OpenSlideReader:
             self.mpp_key = "openslide.mpp" if self.file_mpp else None
         self.bounds = _stated_bounds(properties)
         self.level_dimensions = tuple(self._slide.level_dimensions)
+        # asked now: of a handle that a failed read has spoiled nothing can be asked any more
         self._downsamples = self._slide.level_downsamples
+        self._block_px = [
+            (
+                int(properties.get(f"openslide.level[{level}].tile-width", width)),
+                int(properties.get(f"openslide.level[{level}].tile-height", height)),
+            )
+            for level, (width, height) in enumerate(self.level_dimensions)
+        ]
         self._offsets, self.level_origins = self._placement()
 
     def read(self, level: int, x: int, y: int, width: int, height: int, *, patch: bool = False) -> np.ndarray:
-        region = self._region(level, x, y, width, height)
+        try:
+            region = self._region(level, x, y, width, height)
+        except SlideReadError:
+            if not patch:
+                raise
+            return self._read_around_damage(level, x, y, width, height)
         pixels, alpha = region.convert("RGB"), region.getchannel("A")
         if alpha.getextrema() == (255, 255):
             return np.asarray(pixels)
@@ -120,6 +145,24 @@ class OpenSlideReader:
                 at = self._level0(level, x + column, y + row)
                 raise SlideReadError(f"at ({at[0]}, {at[1]}), level {level}: the block is missing in the file")
         return on_white
+
+    def _read_around_damage(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        """Piece by piece; what cannot be read is as its nearest neighbour. Raises SlideReadError where nothing can be read."""
+        pixels, known = np.full((height, width, 3), 255, np.uint8), np.ones((height, width), bool)
+        across, down = (min(side, _PIECE_PX) for side in self._block_px[level])
+        error = None
+        for top in range(y // down * down, y + height, down):
+            for left in range(x // across * across, x + width, across):
+                right, bottom = min(left + across, x + width), min(top + down, y + height)
+                x0, y0 = max(left, x), max(top, y)
+                here = np.s_[y0 - y : bottom - y, x0 - x : right - x]
+                try:
+                    pixels[here] = self.read(level, x0, y0, right - x0, bottom - y0)
+                except SlideReadError as failed:
+                    known[here], error = False, failed
+        if error is not None and not known.any():
+            raise error
+        return pixels if error is None else _nearest(pixels, known)
 
     def _region(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
         origin = self._level0(level, x, y)
@@ -174,7 +217,7 @@ class OpenSlideReader:
             if lost.any() and not clear.all():
                 pixels[lost] = _nearest(pixels, ~clear)[lost]
             return lost
-        across, down = self._block_px(level)
+        across, down = self._block_px[level]
         rows, columns = clear.shape
         for top in range(max(0, y) // down * down, min(height, y + rows), down):
             for left in range(max(0, x) // across * across, min(width, x + columns), across):
@@ -207,11 +250,6 @@ class OpenSlideReader:
                 something = (colors.min(2) < _GLASS) & (colors.max(2) > _UNFILLED)
                 return np.ascontiguousarray(colors) if something[there].mean() > 0.01 else None
         return None
-
-    def _block_px(self, level: int) -> tuple[int, int]:
-        stated = [self._slide.properties.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height")]
-        width, height = (int(text or size) for text, size in zip(stated, self.level_dimensions[level], strict=True))
-        return width, height
 
     def close(self) -> None:
         self._slide.close()
@@ -269,6 +307,36 @@ def level_downsample(full_px: int, level_px: int) -> float:
     """How many times smaller a level is: a whole number where that is true but for the odd last pixel."""
     whole = round(full_px / level_px)
     return float(whole) if abs(full_px / whole - level_px) < 1 else full_px / level_px
+
+
+def _beyond_a_plain_tiff(path: Path) -> str | None:
+    """Why a TIFF that OpenSlide does not open should not be held in memory as a picture either: it is a slide."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            tiled = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
+            order = "its byte order is big-endian; " if tiff.byteorder == ">" else ""
+    except Exception:  # Pillow's word on a broken file is as good
+        return None
+    if len({page.shape for page in tiled}) < 2:
+        return None
+    return f"a tiled pyramid that OpenSlide does not open ({order}{_SAVE_ANEW})"
+
+
+def _not_rgb(path: Path) -> str | None:
+    """Why the pixels of a plain tiled TIFF are no 8-bit picture: OpenSlide would show their upper bits, or one channel."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages[0]
+            bits = np.max(page.bitspersample) if isinstance(page, tifffile.TiffPage) else 8
+            channels = re.search(r'SizeC\s*=\s*"(\d+)"', tiff.ome_metadata or "")
+            alone = isinstance(page, tifffile.TiffPage) and page.samplesperpixel == 1
+    except Exception:  # OpenSlide opens it
+        return None
+    if bits > 8:
+        return f"{bits} bits a channel; convert it to 8-bit RGB"
+    if alone and channels and int(channels[1]) > 1:
+        return f"{channels[1]} channels, each a page of its own; {_SAVE_ANEW}"
+    return None
 
 
 def _on_white(image: Image.Image) -> np.ndarray:
