@@ -17,7 +17,9 @@ from PIL import Image
 
 from wsimil.errors import SlideError, SlideReadError, SlideScaleUnknownError, SlideUnreadableError
 from wsimil.slides import slide as slide_module
+from wsimil.slides.direct import DirectReader
 from wsimil.slides.slide import Slide
+from wsimil.slides.tiles import open_tiles
 from wsimil.slides.tiling import resolve_scale, tile_grid
 from wsimil.slides.write_tiff import write_slide
 
@@ -84,6 +86,43 @@ def test_a_tile_between_the_pixels_of_its_level_stays_sharp(tmp_path: Path) -> N
     with Slide(path) as slide:
         # 66 is half a pixel off: the nearest pixels as they are, not the mean of neighbours
         assert apart(slide.read_tile(65, 66, tile_level0_px=256.0, tile_px=64), area_mean(source[68:324, 64:320], 4)) <= 1
+
+
+@pytest.mark.parametrize(("vendor", "compression"), [("aperio", "jpeg"), ("aperio", "jpeg2000"), ("generic", "jpeg")])
+def test_a_level_of_odd_size_gives_its_own_pixels_everywhere(vendor: str, compression: str, tmp_path: Path) -> None:
+    """OpenSlide would blend them, by another amount for each place."""
+    source = cv2.GaussianBlur(noise(1151, 823), (0, 0), 1.2)
+    write_slide(tmp_path / "s.svs", source, mpp=0.25, vendor=vendor, downsamples=(1, 2.0035), tile_px=128, compression=compression)
+    with tifffile.TiffFile(tmp_path / "s.svs") as tiff:
+        stored = [page for page in tiff.pages if page.is_tiled][1].asarray()
+    blended = 0.0
+    with Slide(tmp_path / "s.svs") as slide, openslide.OpenSlide(tmp_path / "s.svs") as reference:
+        per = reference.level_downsamples[1]
+        for x, y in [(0, 0), (37, 211), (256, 128), (400, 300), (stored.shape[1] - 100, stored.shape[0] - 100)]:
+            tile = slide._read_level(1, x, y, x + 100, y + 100, False)
+            assert apart(tile, stored[y : y + 100, x : x + 100]) <= (0 if compression == "jpeg2000" else 1)
+            theirs = reference.read_region((round(x * per), round(y * per)), 1, (100, 100)).convert("RGB")
+            blended = max(blended, apart(tile, np.asarray(theirs)))
+        assert blended > 5  # or there was nothing to mend
+        over = slide._read_level(1, -30, -20, 40, 50, False)
+        assert over[:20].min() == over[:, :30].min() == 255
+        assert apart(over[20:, 30:], slide._read_level(1, 0, 0, 40, 50, False)) == 0
+        direct, reason = open_tiles(slide, tile_level0_px=100 * 2.0035, tile_px=100)
+        assert reason is None and isinstance(direct, DirectReader) and direct.level == 1
+
+
+def test_a_damaged_block_of_a_level_of_odd_size_is_an_error(tmp_path: Path) -> None:
+    write_slide(tmp_path / "s.svs", noise(1151, 823), mpp=0.25, vendor="aperio", downsamples=(1, 2.0035), tile_px=128)
+    with tifffile.TiffFile(tmp_path / "s.svs") as tiff:
+        page = [page for page in tiff.pages if page.is_tiled][1]
+        offset, count = page.dataoffsets[0], page.databytecounts[0]
+    content = bytearray((tmp_path / "s.svs").read_bytes())
+    content[offset + count // 2 : offset + count] = bytes(count - count // 2)
+    (tmp_path / "s.svs").write_bytes(content)
+    with Slide(tmp_path / "s.svs") as slide:
+        slide._read_level(1, 200, 200, 300, 300, False)
+        with pytest.raises(SlideReadError, match=r"at \(0, 0\), level 1"):
+            slide._read_level(1, 0, 0, 100, 100, False)
 
 
 def test_a_fractional_factor_keeps_the_sharpness_of_the_whole_one(tmp_path: Path) -> None:

@@ -86,6 +86,30 @@ class BlockLevel:
             whole = at + size <= len(content)
             found[block] = content[at : at + size] if whole else BlockError("the file ends before it does")
 
+    def region(self, x0: int, y0: int, x1: int, y1: int) -> np.ndarray | None:
+        """Pixels uint8 (y1 - y0, x1 - x0, 3) of a place inside the level; None where a block was left out.
+
+        Raises:
+            BlockError: a block of it cannot be read.
+        """
+        out, decoded = np.empty((y1 - y0, x1 - x0, 3), np.uint8), np.empty((self.block_height, self.block_width, 3), np.uint8)
+        rows = range(y0 // self.block_height, (y1 - 1) // self.block_height + 1)
+        columns = range(x0 // self.block_width, (x1 - 1) // self.block_width + 1)
+        needed = [row * self.columns + column for row in rows for column in columns]
+        if not self.sizes[needed].all():
+            return None
+        for block, content in self.read(needed).items():
+            if isinstance(content, BlockError):
+                raise content
+            self.decode(content, decoded)
+            row, column = divmod(block, self.columns)
+            # the block's corner seen from the place
+            top, left = row * self.block_height - y0, column * self.block_width - x0
+            down, right = min(top + self.block_height, y1 - y0), min(left + self.block_width, x1 - x0)
+            part = decoded[max(0, -top) : down - top, max(0, -left) : right - left]
+            out[max(0, top) : down, max(0, left) : right] = part
+        return out
+
     def decode(self, content: bytes | memoryview, pixels: np.ndarray, *, reduce: int = 1) -> None:
         """Decode a block into `pixels`, uint8 (block_height / reduce, block_width / reduce, 3); `reduce` 2 is for JPEG alone.
 

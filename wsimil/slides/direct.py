@@ -21,6 +21,7 @@ from PIL import Image
 
 from wsimil.errors import SlideReadError
 from wsimil.slides.blocks import BlockError, BlockLevel, BlocksUnknownError, open_blocks
+from wsimil.slides.readers import DIRECT_KINDS
 from wsimil.slides.resample import resample
 from wsimil.slides.slide import RESAMPLER, Slide, _widened
 
@@ -28,9 +29,6 @@ __all__ = ["DCT_RESAMPLER", "DirectReader", "TileWalk", "open_direct"]
 
 DCT_RESAMPLER = RESAMPLER.replace("level+", "level+dct/2+")
 """Name of the rule where even reductions begin in the DCT."""
-
-_READERS = ("openslide:aperio", "openslide:generic-tiff")
-"""Formats whose blocks lie in the canvas as they lie in the file."""
 
 _WINDOW_BYTES = 256 << 20
 """Of decoded blocks: a row of blocks across 300,000 px."""
@@ -48,7 +46,7 @@ def open_direct(
     Args:
         dct_scaled: decode at half size where the reduction and the blocks are even.
     """
-    if slide.reader not in _READERS:
+    if slide.reader not in DIRECT_KINDS:
         return None, f"{slide.reader} slides are not read directly"
     level, _ = slide._level_for(tile_level0_px / tile_px)
     dimensions = slide._reader.level_dimensions

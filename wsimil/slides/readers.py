@@ -1,6 +1,8 @@
 """How pixels come out of a file: OpenSlide for slides, Pillow for plain images.
 
 - Which reader opens a file follows from its suffix and content, never from what failed before; it is recorded in the bag.
+- Levels whose size is no whole fraction of level 0 OpenSlide blends, by other amounts in other places: JPEG and JPEG 2000 of
+  Aperio and plain TIFFs are decoded here instead, pixels as they are stored.
 - A reader gives RGB on white: what the scanner did not fill is glass. But a block that is missing from a file whose writer stores
   every block is lost, and an error. Plain TIFFs are believed to have left it out if a coarser level is white or empty there.
 - After a failed read OpenSlide's handle is spoiled for good, and with it the reads of other threads: a read that fails is tried
@@ -26,14 +28,21 @@ from PIL import Image, UnidentifiedImageError
 
 from wsimil.errors import SlideReadError, SlideUnreadableError
 from wsimil.files import IMAGE_SUFFIXES
+from wsimil.slides.blocks import BlockError, BlockLevel, BlocksUnknownError, open_blocks
 
-__all__ = ["Reader", "level_downsample", "open_reader"]
+__all__ = ["DIRECT_KINDS", "Reader", "level_downsample", "open_reader"]
 
 
 _STORE_EVERY_BLOCK = ("openslide:aperio", "openslide:generic-tiff", "openslide:trestle")
 """The other kinds rightly leave out what was not scanned."""
 
 _SAVE_ANEW = "save it anew as RGB, for example with `vips tiffsave in.tif out.tif --tile --pyramid --compression jpeg`"
+
+DIRECT_KINDS = ("openslide:aperio", "openslide:generic-tiff")
+"""Formats whose blocks lie in the canvas as they lie in the file."""
+
+_BLENDED_APART = 3.0
+"""Mean difference, grey levels of 8 × 8 px means, between pixels and what OpenSlide blends of them: more is another picture."""
 
 _PIECE_PX = 512
 """Largest side of the pieces that are read around damage."""
@@ -123,9 +132,13 @@ class OpenSlideReader:
             for level, (width, height) in enumerate(self.level_dimensions)
         ]
         self._offsets, self.level_origins = self._placement()
+        self._own: list[BlockLevel | str | None] = [None] * len(self.level_dimensions)
+        self._own[0] = "never blended"
 
     def read(self, level: int, x: int, y: int, width: int, height: int, *, patch: bool = False) -> np.ndarray:
         try:
+            if (own := self._own_pixels(level, x, y, width, height)) is not None:
+                return own
             region = self._region(level, x, y, width, height)
         except SlideReadError:
             if not patch:
@@ -145,6 +158,50 @@ class OpenSlideReader:
                 at = self._level0(level, x + column, y + row)
                 raise SlideReadError(f"at ({at[0]}, {at[1]}), level {level}: the block is missing in the file")
         return on_white
+
+    def _own_pixels(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray | None:
+        """A coarser level's pixels as they are stored, where OpenSlide would blend neighbours; None where they cannot be had."""
+        if self._own[level] is None:
+            self._own[level] = self._blocks_of(level)
+        blocks = self._own[level]
+        if not isinstance(blocks, BlockLevel):
+            return None
+        right, bottom = min(x + width, blocks.width), min(y + height, blocks.height)
+        pixels = np.full((height, width, 3), 255, np.uint8)
+        left, top = max(0, x), max(0, y)
+        if right <= left or bottom <= top:
+            return pixels
+        try:
+            inside = blocks.region(left, top, right, bottom)
+        except BlockError as error:
+            at = self._level0(level, left, top)
+            raise SlideReadError(f"{right - left}×{bottom - top} px at ({at[0]}, {at[1]}), level {level}: {error}") from error
+        if inside is None:  # what a gap means OpenSlide's transparency tells
+            return None
+        pixels[top - y : bottom - y, left - x : right - x] = inside
+        return pixels
+
+    def _blocks_of(self, level: int) -> BlockLevel | str:
+        """The blocks of a level that OpenSlide would blend, or why they are left to it."""
+        size = self.level_dimensions[level]
+        if self.kind not in DIRECT_KINDS or abs(self._downsamples[level] - round(self._downsamples[level])) < 1e-9:
+            return "nothing to blend"
+        try:
+            nth = self.level_dimensions[:level].count(size)
+            blocks = open_blocks(self._path, size, nth=nth, gaps_spread=self.kind == "openslide:aperio")
+            fullest = int(np.argmax(blocks.sizes))
+            x, y = fullest % blocks.columns * blocks.block_width, fullest // blocks.columns * blocks.block_height
+            right, bottom = min(x + blocks.block_width, size[0]), min(y + blocks.block_height, size[1])
+            own = blocks.region(x, y, right, bottom)
+            if own is None:
+                return "no block at all"
+            blended = np.asarray(self._region(level, x, y, right - x, bottom - y).convert("RGB"))
+        except (BlocksUnknownError, BlockError, SlideReadError, OSError) as error:
+            return str(error)
+        # blended they may be, of other colours or from another place they may not
+        small = max(1, (right - x) // 8), max(1, (bottom - y) // 8)
+        one, other = (cv2.resize(picture, small, interpolation=cv2.INTER_AREA).astype(float) for picture in (own, blended))
+        return blocks if np.abs(one - other).mean() < _BLENDED_APART else "other pixels than OpenSlide's"
 
     def _read_around_damage(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         """Piece by piece; what cannot be read is as its nearest neighbour. Raises SlideReadError where nothing can be read."""

@@ -5,7 +5,8 @@
 - One resampling rule: the coarsest level that is still as fine as asked, then the exact area mean for a whole factor and an
   antialiasing filter over the exact box for any other (linear interpolation where a slide is coarser than asked). The filter is
   Hamming's: a .2520 µm/px scanner stays nearly as sharp as a .2500 one, where a triangle would lose a quarter of the detail.
-- Whole factors start on the nearest pixel of their level, so no tile is softened by where it lies.
+- Whole factors start on the nearest pixel of their level, so no tile is softened by where it lies. (Where only OpenSlide decodes
+  a format, it blends the pixels of coarser levels whose size is no whole fraction of level 0.)
 - Where no resampling is needed, pixels are the reader's own, bit for bit.
 - A level that is a whole number of times smaller, but for the odd last pixel, is exactly that many times smaller: scanners drop
   the odd pixel, and OpenSlide's quotient of the sizes would drift by up to a pixel across the slide.
@@ -26,7 +27,7 @@ from wsimil.slides.tiling import Rect
 
 __all__ = ["RESAMPLER", "Slide"]
 
-RESAMPLER = "level+area|hamming|linear/1"
+RESAMPLER = "level+area|hamming|linear/2"
 """Name and version of the rule above: part of every recipe."""
 
 _BLOCK_PX = 2048
