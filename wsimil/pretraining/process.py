@@ -90,7 +90,7 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """Everything that the weights are a function of, by name, as JSON has it."""
         tiles = {f"tiles.{name}": value for name, value in self.sampler().recipe().items()}
-        split = {name: self.facts.get(name) for name in ("splits_hash", "fold", "transductive")}
+        split = {name: self.facts.get(name) for name in ("splits_hash", "fold")} | {"transductive": self.config.transductive}
         labels = {} if self.labels is None else {"classes": list(self.labels.classes), "labels": hash_of(self.labels.targets)}
         named = {**asdict(self.recipe), **tiles, **split, **labels}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in named.items()}
