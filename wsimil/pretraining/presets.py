@@ -65,7 +65,7 @@ class Recipe:
     decoder_blocks: int = 2
     mask_ratio: float = 0.75
     norm_pix: bool = True
-    skip_std: float = 0.02  # patches flatter than this are glass: their normalised pixels would be noise
+    skip_std: float = 0.02  # patches flatter than this in every colour are glass: their normalised pixels would be noise
 
     # slide labels
     trained_blocks: int = 4  # of a DenseNet's, from the last: KimiaNet's configurations I to IV
