@@ -39,7 +39,7 @@ from wsimil.pretraining.index import TileIndex, index_slides, index_tiles
 from wsimil.pretraining.labels import with_labels, with_mosaics
 from wsimil.pretraining.methods import METHODS, network_of, normalised, view_recipe
 from wsimil.pretraining.pictures import view_sheet
-from wsimil.pretraining.presets import Recipe, differences, resolve_recipe
+from wsimil.pretraining.presets import Recipe, resolve_recipe
 from wsimil.pretraining.process import LAST, Outcome, Plan, new_loop, train
 from wsimil.slides.cohort import SlideFile, find_slides
 from wsimil.table import Table
@@ -156,6 +156,7 @@ def pretrain(
     recipe = replace(recipe, precision=_precision(recipe, config, device, say))
     facts = {
         **split,
+        "init_sha256": start.sha256 if start is not None else "",
         "transductive": config.transductive or (start is not None and start.transductive),
         "n_slides": len(index.slides),
         "slides": _slides_by_content(index, start.seen if start is not None else ()),
@@ -572,7 +573,7 @@ def _check_same_run(plan: Plan) -> None:
     except (OSError, ValueError):
         there = here
     begun = (plan.out / LAST).exists() or (plan.out / "encoder.json").exists()
-    if begun and (said := differences(there, here)):
+    if begun and (said := plan.differs_from(there)):
         raise UsageError(
             f"{plan.out} is of another run ({'; '.join(said[:6])}); take another --out, or delete the folder to begin anew"
         )
@@ -591,7 +592,7 @@ def _finished(plan: Plan) -> Pretrained | None:
         return None
     if not (plan.out / "encoder.json").exists() or not (plan.out / "backbone.safetensors").exists():
         return None
-    if said.get("key") != _key(plan):
+    if said.get("key") not in (_key(plan), hash_of(plan.identity(as_before=True))):
         return None
     return Pretrained(plan.out, plan.recipe, int(said["exported_step"]), str(said["remark"]))
 
