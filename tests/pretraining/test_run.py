@@ -218,6 +218,20 @@ def test_a_folder_that_is_not_there_is_said_before_weights_that_are_not(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("local_px=50",), "local_px=48 or 64"),
+        (("local_px=8",), "local_px=16"),
+        (("global_px=100",), "global_px=96 or 112"),
+    ],
+)
+def test_views_are_whole_patches_of_the_network(tiles: Path, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    with pytest.raises(UsageError, match=f"patches of test_vit, 16 px each.*{said}"):
+        pretrain(tiles, tmp_path / "run", settings=settings(options=options), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_training_slides_of_the_fold_are_seen(tiles: Path, tmp_path: Path, readers) -> None:
     splits = tmp_path / "splits.csv"
     splits.write_text(SPLITS + "0,a,p1,,train\n0,b,p2,,val\n0,c,p3,,test\n1,a,p1,,test\n1,b,p2,,val\n1,c,p3,,train\n")

@@ -37,7 +37,7 @@ from wsimil.pretraining.feed import TileFeed
 from wsimil.pretraining.health import CURES
 from wsimil.pretraining.index import TileIndex, index_slides, index_tiles
 from wsimil.pretraining.labels import with_labels, with_mosaics
-from wsimil.pretraining.methods import METHODS, network_of, normalised, view_recipe
+from wsimil.pretraining.methods import METHODS, check_sizes, network_of, normalised, view_recipe
 from wsimil.pretraining.pictures import view_sheet
 from wsimil.pretraining.presets import Recipe, resolve_recipe
 from wsimil.pretraining.process import LAST, Outcome, Plan, new_loop, train
@@ -136,6 +136,7 @@ def pretrain(
     diagnoses = _diagnoses(labels, settings)
     preview = resolve_recipe(config, n_slides=1)
     model = network_of(preview, seed=config.seed)  # before anything takes long: its weights may not be there
+    check_sizes(preview, model)
     start = model.start
     if start is not None:
         _check_start(start, held_out, only)
