@@ -14,7 +14,7 @@ from PIL import Image
 from wsimil.bags.dataset import BagFolder
 from wsimil.config import ExtractConfig, JobConfig, PretrainConfig, Settings, TileConfig
 from wsimil.encoders import load_encoder
-from wsimil.errors import SplitsError
+from wsimil.errors import SplitsError, UsageError
 from wsimil.extraction import extract_features
 from wsimil.files import read_json, write_json
 from wsimil.pretraining import pretrain
@@ -45,6 +45,12 @@ def test_an_encoder_of_training_slides_is_told_from_one_that_saw_the_test(slides
     table.to_csv(tmp_path / "splits.csv", index=False)
     fold = replace(SETTINGS, pretrain=replace(SETTINGS.pretrain, fold="0"))
     pretrain(slides, tmp_path / "own", splits=tmp_path / "splits.csv", settings=fold, quiet=True)
+    index = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "own").rglob("*"))
+    for name, value in (("min_tissue", 0.6), ("mpp", 0.6)):
+        other = replace(fold, tile=replace(TILE, **{name: value}))
+        with pytest.raises(UsageError, match=rf"tile\.{name}: 0\.5 there, 0\.6 here"):
+            pretrain(slides, tmp_path / "own", splits=tmp_path / "splits.csv", settings=other, quiet=True)
+    assert index == sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "own").rglob("*"))  # nothing was tiled anew
     contract = load_encoder(str(tmp_path / "own")).contract
     assert len(contract.seen_slides) == 1 and not contract.transductive and contract.mpp == 1.0
     job = extract_features(

@@ -28,7 +28,7 @@ from PIL import Image
 
 from wsimil.bags.labels import match_slides, read_labels
 from wsimil.bags.splits import read_splits, splits_hash
-from wsimil.config import PretrainConfig, Settings, TileConfig, save_settings
+from wsimil.config import PretrainConfig, Settings, TileConfig, read_settings, save_settings
 from wsimil.encoders.contract import FINGERPRINT_START, EncoderContract
 from wsimil.errors import LabelsError, SplitsError, UsageError, WsimilError
 from wsimil.extraction.extract import resolve_device
@@ -39,7 +39,7 @@ from wsimil.pretraining.index import TileIndex, index_slides, index_tiles
 from wsimil.pretraining.labels import with_labels, with_mosaics
 from wsimil.pretraining.methods import METHODS, check_sizes, network_of, normalised, view_recipe
 from wsimil.pretraining.pictures import view_sheet
-from wsimil.pretraining.presets import Recipe, resolve_recipe
+from wsimil.pretraining.presets import Recipe, differences, resolve_recipe
 from wsimil.pretraining.process import LAST, Outcome, Plan, new_loop, train
 from wsimil.slides.cohort import SlideFile, find_slides
 from wsimil.table import Table
@@ -140,6 +140,7 @@ def pretrain(
     start = model.start
     if start is not None:
         _check_start(start, held_out, only)
+    _check_same_tiles(out, tile, from_tiles)
     mark_output(out)
     if from_tiles:
         index = index_tiles(slides, tile_px=tile.tile_px, mpp=tile.mpp, only=only)
@@ -566,6 +567,29 @@ def _ended(plan: Plan, outcome: Outcome, say: Callable[[str], None]) -> Pretrain
     return Pretrained(out, plan.recipe, outcome.exported_step, remark)
 
 
+_CUT_BY = ("mpp", "tile_px", "overlap_px", "min_tissue", "tissue", "pen")
+
+
+def _check_same_tiles(out: Path, tile: TileConfig, from_tiles: bool) -> None:
+    """Refuse other tiles in a run's folder before its slides are tiled anew; what files decide, its index tells later."""
+    try:
+        there = read_settings(_SECTIONS, out / "config.yaml").tile if _begun(out) else tile
+    except (OSError, UsageError):
+        return
+    names = ("mpp", "tile_px") if from_tiles else _CUT_BY if tile.tissue == "auto" else _CUT_BY[:-1]
+    one, other = ({f"tile.{name}": getattr(config, name) for name in names} for config in (there, tile))
+    if said := differences(one, other):
+        raise _another_run(out, said)
+
+
+def _begun(out: Path) -> bool:
+    return (out / LAST).exists() or (out / "encoder.json").exists()
+
+
+def _another_run(out: Path, said: Sequence[str]) -> UsageError:
+    return UsageError(f"{out} is of another run ({'; '.join(said[:6])}); take another --out, or delete the folder to begin anew")
+
+
 def _check_same_run(plan: Plan) -> None:
     """Note which run the folder is of; refuse another one before anything of the first is overwritten."""
     note, here = plan.out / "run.json", plan.identity()
@@ -573,11 +597,8 @@ def _check_same_run(plan: Plan) -> None:
         there = read_json(note)
     except (OSError, ValueError):
         there = here
-    begun = (plan.out / LAST).exists() or (plan.out / "encoder.json").exists()
-    if begun and (said := plan.differs_from(there)):
-        raise UsageError(
-            f"{plan.out} is of another run ({'; '.join(said[:6])}); take another --out, or delete the folder to begin anew"
-        )
+    if _begun(plan.out) and (said := plan.differs_from(there)):
+        raise _another_run(plan.out, said)
     write_json(note, here)
 
 
