@@ -158,7 +158,7 @@ CURES = (
 
 _UNIFORM, _ONE_HOT, _TOLD_APART = 0.98, 0.02, 0.01
 _LEAST_SPREAD, _LEAST_RANK, _RANK_LOSS = 0.1, 0.05, 0.5
-_ONE_DIRECTION = 2.0
+_ONE_DIRECTION, _SOME_TILES = 2.0, 64
 _PLATEAU, _PLATEAU_STEPS = 1e-3, 200
 
 
@@ -168,8 +168,8 @@ class Alarm:
 
     Args:
         dim: width of the features.
-        n_tiles: how many the panel has; ranks of fewer than 2 × dim tiles mean little and do not count, but for a rank below 2:
-            that is one direction, however many tiles there are.
+        n_tiles: how many the panel has; ranks of fewer than 2 × dim tiles mean little and do not count, but for a rank below 2 of
+            64 tiles and more: that is one direction. A handful of tiles of one slide may be as much alike to a healthy network.
         warm_up_steps: until then only entropies and the loss count: features change their scale while a run warms up.
         total: steps of the run.
         uniform_loss: what a teacher that says nothing costs: ln of the number of prototypes; None where there is no such loss.
@@ -214,7 +214,7 @@ class Alarm:
         if numbers.get("spread", 1.0) < _LEAST_SPREAD:
             found.append(f"features of all tiles are alike: spread {numbers['spread']:.3f} of 1")
         rank = numbers.get("rank")
-        if rank is not None and rank < _ONE_DIRECTION:
+        if rank is not None and rank < _ONE_DIRECTION and self.n_tiles >= _SOME_TILES:
             found.append(f"features use {rank:.1f} of {self.dim} directions")
         elif rank is not None and self.n_tiles >= 2 * self.dim:
             if rank < _LEAST_RANK * self.dim:
