@@ -17,6 +17,7 @@ often the nearest slide is of the query's own site, and `wsimil search --apart s
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from wsimil import Settings, extract_features
 from wsimil.bags.labels import infer_task, match_labels, read_labels
 from wsimil.bags.splits import make_splits, write_splits
 from wsimil.config import ExtractConfig, LabelsConfig, PretrainConfig, SplitConfig, TileConfig
+from wsimil.encoders.trainable import start_name
+from wsimil.errors import WsimilError
 from wsimil.evaluation.metrics import accuracy, balanced_accuracy, confusion_matrix, macro_f1
 from wsimil.extraction.mosaic import mosaic_slides
 from wsimil.pretraining import pretrain
@@ -69,6 +72,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--table", type=Path, help="where the Markdown goes")
     options = parser.parse_args()
+    try:
+        study(parser, options)
+    except WsimilError as error:
+        sys.exit(f"failed: {error}")
+
+
+def study(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Folds, encoders, searches, table."""
     started, settings = time.monotonic(), settings_of(options)
     files = {file.slide_id: file for file in find_slides(options.slides)}
     labels = match_labels(read_labels(options.labels, LabelsConfig()), files)
@@ -88,11 +99,7 @@ def main() -> None:
         labels[labels["slide_id"].isin(test)].drop(columns="slide").rename(columns={"slide_id": "slide"}).to_csv(
             folder / "labels.csv", index=False
         )
-        encoders = {f"trained, configuration {options.configuration}": str(folder / "encoder")}
-        if settings.pretrain.init not in (None, "scratch", "none") or options.size != "toy":
-            init = settings.pretrain.init or "imagenet"
-            encoders[f"where it began ({init})"] = options.arch if init == "imagenet" else init
-        encoders["random weights"] = f"random:{options.arch.partition('.')[0]}"
+        encoders = {f"trained, configuration {options.configuration}": str(folder / "encoder"), **beside(options)}
         mosaic_slides(folder / "test.csv", folder / "job", tile=settings.tile)
         extraction = extract_features(
             folder / "test.csv",
@@ -113,6 +120,13 @@ def main() -> None:
         "Site: share of queries whose nearest slide is of their own site (by chance)."
     )
     write_table(options.table, "Slides found again (KimiaNet)", command, rows, started=started, notes=notes)
+
+
+def beside(options: argparse.Namespace) -> dict[str, str]:
+    """What the trained encoder is compared with, by the name of its line: where it began, and random weights."""
+    init = options.init or ("scratch" if options.size == "toy" else "imagenet")
+    began = {} if init in ("scratch", "none") else {f"where it began ({init})": start_name(options.arch, init)}
+    return {**began, "random weights": f"random:{options.arch.partition('.')[0]}"}
 
 
 def summary(name: str, rows: pd.DataFrame) -> dict[str, str]:

@@ -36,7 +36,8 @@ _NAMES, _REASONS, _REASON_LENGTH = 20, 3, 300
 class Command:
     """One sub-command.
 
-    `arguments` are (flags, argparse keywords) beside the options that come from `sections`.
+    `arguments` are (flags, argparse keywords) beside the options that come from `sections`; `without` are keys of them that this
+    command has no use for: no options here, and passed over in a YAML file, which may serve every stage.
     """
 
     summary: str
@@ -44,6 +45,7 @@ class Command:
     run: Callable[[argparse.Namespace, Settings, Callable[[str], None]], int]
     arguments: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
     sections: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,6 +144,8 @@ def _parser(name: str, command: Command) -> _Parser:
         group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0] + f" In YAML: {section}: {{…}}.")
         hints = typing.get_type_hints(kind)
         for setting in dataclasses.fields(kind):
+            if f"{section}.{setting.name}" in command.without:
+                continue
             flag = setting.name.replace("_", "-")
             keywords = _keywords(setting, hints[setting.name])
             if setting.name not in shown:
@@ -522,6 +526,7 @@ COMMANDS: dict[str, Command] = {
             _JSON,
         ),
         ("tile", "job", "labels", "pretrain"),
+        ("job.shard", "job.stage_to", "job.stage_gb"),  # a run takes all of its slides, and reads them where they are
     ),
     "probe": Command(
         "what an encoder's features say about labelled tiles, and about the site",

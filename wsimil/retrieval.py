@@ -5,7 +5,8 @@ Yottixel (Kalra et al. 2020), KimiaNet (Riasatian 2021, arXiv 2101.07903).
 - The distance of a slide from another is the median, over its own tiles, of the distance to the other's nearest tile. One odd tile
   moves nothing, and the two directions differ: what is asked is whether most of the query is found in the other.
 - A slide is represented by a mosaic of a few dozen tiles, so distances are computed in no time: the one in its job folder if there
-  is one (by colour and nuclei), else tiles of nine kinds, told apart by their features, from all over it.
+  is one (by colour and nuclei; of a larger one evenly spaced tiles), else tiles of nine kinds, told apart by their features, from
+  all over it.
 - In evaluation a query never meets a slide of its own patient, nor, if asked, of its own site: neighbours from the same scanner
   are found for their colour. Three nearest vote; without a majority the nearest decides.
 """
@@ -205,6 +206,8 @@ def mosaics(folder: BagFolder, slide_ids: Iterable[str], config: SearchConfig, *
             kept = np.flatnonzero(folder.kept(slide_id))
             rows = np.flatnonzero(np.isin(kept, read_mosaic(chosen)))
             if rows.size:
+                if rows.size > config.tiles:  # evenly along the slide's rows of tiles
+                    rows = rows[np.arange(config.tiles) * rows.size // config.tiles]
                 found[slide_id] = folder.load(slide_id, rows=rows).features.numpy()
                 continue
         bag = folder.load(slide_id)

@@ -123,6 +123,7 @@ def test_resnet_is_cut_after_its_third_stage(images):
     ("architecture", "arguments", "pooling"),
     [
         ("resnet18", {}, "self-vit-mil"),
+        ("vit_tiny_patch16_224", {"depth": 3}, "self-vit-mil"),
         ("resnet18", {}, "cls"),
         ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, "cls"),
         ("vit_tiny_patch16_224", {}, "layer3"),

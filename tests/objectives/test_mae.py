@@ -132,6 +132,20 @@ def test_glass_is_judged_before_normalisation():
     assert readings == [1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
+)
+def test_glass_of_any_tint_is_glass_and_faint_tissue_is_not(mean, std):
+    """A patch of one colour is flat however its channels were normalised; one channel that varies is tissue."""
+    images = torch.ones(4, 3, 32, 32) + 0.005 * torch.randn(4, 3, 32, 32)
+    images[2:] = torch.tensor([0.93, 0.90, 0.84]).view(3, 1, 1)  # yellowish, evenly so
+    images[1, 1] += 0.03 * torch.randn(32, 32)
+    normalised = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    model, objective = make(skip_std=0.02, pixel_std=std)
+    objective.losses(model, MaskedImages(normalised, torch.rand(4, 16)), 0.0)
+    assert float(objective.monitor["glass"]) == 0.75
+
+
 def test_nothing_but_glass_gives_a_loss_of_zero():
     model, objective = make()
     loss = objective.losses(model, torch.zeros(2, 3, 32, 32), 0.0)["mae"]

@@ -80,6 +80,20 @@ def test_a_constant_encoder_is_warned_about_once_then_stopped() -> None:
     assert watch.judge(200, numbers(CONSTANT)) and watch.warnings == 2
 
 
+@pytest.mark.parametrize("lost", ["features", "answers"])
+def test_a_constant_encoder_is_noticed_by_few_tiles_too(lost: str) -> None:
+    """The default panel may be smaller than twice the width of the network."""
+    watch = alarm(dim=384, n_tiles=700)
+    seen = {"entropy": 0.35, "mean_entropy": 0.36, "spread": 0.05, "rank": 1.0}
+    seen |= {"mean_entropy": 0.9} if lost == "features" else {"mean_entropy": 0.355, "rank": 20.0}
+    assert len(watch.judge(200, seen)) == 2
+    assert alarm(dim=384, n_tiles=700).judge(200, seen | {"spread": 0.6, "rank": 20.0}) == []
+
+
+def test_a_handful_of_tiles_that_are_alike_is_no_collapse() -> None:
+    assert alarm(dim=64, n_tiles=8).judge(200, {"entropy": 0.35, "mean_entropy": 0.9, "spread": 0.056, "rank": 1.9}) == []
+
+
 def test_a_teacher_that_says_nothing_is_noticed_by_entropy_and_loss() -> None:
     watch = alarm()
     for step in range(0, 400, 10):

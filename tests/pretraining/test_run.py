@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -19,7 +20,7 @@ from wsimil.cli import main
 from wsimil.config import JobConfig, PretrainConfig, Settings, TileConfig
 from wsimil.encoders import load_encoder, load_random_twin
 from wsimil.errors import SplitsError, UsageError, WsimilError
-from wsimil.files import read_json
+from wsimil.files import hash_of, read_json, write_json
 from wsimil.pretraining import Forecast, Pretrained, pretrain
 from wsimil.pretraining.process import read_table
 
@@ -149,6 +150,7 @@ def test_one_run_goes_on_with_no_other_settings(tiles: Path, tmp_path: Path, mon
         (settings(lr=0.5), r"lr: 0\.0005 there, 0\.5 here"),
         (settings(seed=1), r"tiles\.seed: 0 there, 1 here"),
         (settings(options=("prototypes=64",)), "prototypes: 32 there, 64 here"),
+        (settings(accumulate=2), "accumulate: 1 there, 2 here"),
     ):
         with pytest.raises(UsageError, match=said):
             pretrain(tiles, tmp_path, settings=changed, quiet=True)
@@ -161,6 +163,52 @@ def test_one_run_goes_on_with_no_other_settings(tiles: Path, tmp_path: Path, mon
     assert (tmp_path / "config.yaml").read_text() == before
 
 
+def test_other_weights_under_the_name_of_the_start_are_another_run(tiles: Path, finished: Path, tmp_path: Path, readers) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(finished, start)
+    asked = settings(steps=2, init=str(start))
+    pretrain(tiles, tmp_path / "run", settings=asked, quiet=True)
+    said: list[str] = []
+    pretrain(tiles, tmp_path / "run", settings=asked, quiet=True, say=said.append)
+    assert any("already pretrained" in line for line in said)
+    pretrain(tiles, tmp_path / "new", settings=settings(steps=2, seed=1), quiet=True)
+    for name in ("backbone.safetensors", "encoder.json"):
+        shutil.copy(tmp_path / "new" / name, start / name)
+    with pytest.raises(UsageError, match=r"init_sha256: [0-9a-f]+ there, [0-9a-f]+ here"):
+        pretrain(tiles, tmp_path / "run", settings=asked, quiet=True)
+
+
+def test_a_run_of_an_earlier_version_is_known_again_and_goes_on(
+    tiles: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readers
+) -> None:
+    """Its notes name neither the parts of a step nor the content of the start."""
+
+    def aged(identity: dict) -> dict:
+        return {name: value for name, value in identity.items() if name not in ("accumulate", "init_sha256")}
+
+    for done in (True, False):
+        folder = tmp_path / f"{done}"
+        shutil.copytree(finished, folder)
+        if not done:
+            for name in ("finished.json", "last.ckpt"):
+                (folder / name).unlink()
+            with monkeypatch.context() as patched:
+                stop_at(3, patched)
+                with pytest.raises(KeyboardInterrupt):
+                    pretrain(tiles, folder, settings=settings(), quiet=True)
+        content = torch.load(folder / "last.ckpt", weights_only=True)
+        content |= {"identity": aged(content["identity"]), "key": hash_of(aged(content["identity"]))}
+        del content["devices"]
+        torch.save(content, folder / "last.ckpt")
+        write_json(folder / "run.json", content["identity"])
+        if done:
+            write_json(folder / "finished.json", {**read_json(folder / "finished.json"), "key": content["key"]})
+        said: list[str] = []
+        assert pretrain(tiles, folder, settings=settings(), quiet=True, say=said.append).step == 8
+        assert any(("already pretrained" if done else "going on at step 3") in line for line in said)
+        assert same(weights(folder), weights(finished))
+
+
 # ---------------------------------------------------------------- what may be seen
 
 
@@ -168,6 +216,20 @@ def test_a_folder_that_is_not_there_is_said_before_weights_that_are_not(tmp_path
     with pytest.raises(UsageError, match="nowhere: no such folder"):
         pretrain(tmp_path / "nowhere", tmp_path / "out", quiet=True)  # the default begins with ImageNet's weights
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("local_px=50",), "local_px=48 or 64"),
+        (("local_px=8",), "local_px=16"),
+        (("global_px=100",), "global_px=96 or 112"),
+    ],
+)
+def test_views_are_whole_patches_of_the_network(tiles: Path, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    with pytest.raises(UsageError, match=f"patches of test_vit, 16 px each.*{said}"):
+        pretrain(tiles, tmp_path / "run", settings=settings(options=options), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_training_slides_of_the_fold_are_seen(tiles: Path, tmp_path: Path, readers) -> None:

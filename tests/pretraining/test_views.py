@@ -230,6 +230,23 @@ def test_colour_jitter_is_brightness_contrast_saturation_in_this_order():
         torch.testing.assert_close(found[tile], picture.clamp(0, 1), rtol=1e-4, atol=1e-5)
 
 
+def test_published_colour_jitter_stays_within_0_and_1_after_each_step():
+    """torchvision's functions end in a clamp each; light tissue made brighter is white, and stays so when contrast falls."""
+    random = np.random.default_rng(2).random((4, 32))
+    light = 0.5 + rgb() / 2
+    found = views._recoloured(light.clone(), random, replace(PLAIN, jitter_p=1.0, jitter=(0.4, 0.4, 0.2), clamped=True), 0)
+    weights = torch.tensor([0.299, 0.587, 0.114])
+    lost = 0
+    for tile, picture in enumerate(light):
+        bright, contrast, saturate = (1 + (2 * random[tile, 8 + n] - 1) * strength for n, strength in enumerate((0.4, 0.4, 0.2)))
+        lost += int((picture * bright > 1).sum())
+        picture = (picture * bright).clamp(0, 1)
+        picture = (picture * contrast + (1 - contrast) * (picture.mean((1, 2)) @ weights)).clamp(0, 1)
+        picture = picture * saturate + (1 - saturate) * torch.einsum("c,cyx->yx", weights, picture)
+        torch.testing.assert_close(found[tile], picture.clamp(0, 1), rtol=1e-4, atol=1e-5)
+    assert lost and SELF_VIT_MIL_VIEWS.clamped and not DINO_VIEWS.clamped
+
+
 @pytest.mark.parametrize(("name", "column", "share"), [("jitter_p", 7, 0.8), ("grey_p", 12, 0.1)])
 def test_chances_are_those_of_the_recipe(name, column, share):
     n = 2000

@@ -137,3 +137,12 @@ def test_patches_of_a_convolutional_network_cannot_be_hidden():
     assert model.encode_tokens(torch.ones(1, 3, 64, 64)).shape == (1, 4, 512)
     with pytest.raises(EncoderError, match="hidden"):
         model.encode_tokens(torch.ones(1, 3, 64, 64), torch.zeros(1, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("arch", ["test_vit", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_a_vit_is_refused_before_any_slide(tiles: Path, tmp_path: Path, arch: str) -> None:
+    config = PretrainConfig(method="weak", size="toy", arch=arch, steps=1, batch_size=4, device="cpu")
+    with pytest.raises(EncoderError, match=f"{arch}: .* take a convolutional network"):
+        asked = Settings(tile=TileConfig(tile_px=32), pretrain=config)
+        pretrain(tiles, tmp_path / "run", labels=tmp_path / "labels.csv", settings=asked, quiet=True)
+    assert not (tmp_path / "run").exists()

@@ -11,10 +11,12 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from wsimil.bags.bag import Bag, Geometry, write_bag
+from wsimil.bags.dataset import BagFolder
 from wsimil.cli import main
 from wsimil.config import SearchConfig
 from wsimil.errors import LabelsError, UsageError
-from wsimil.retrieval import distances, evaluate_search, majority, median_of_minimum, search
+from wsimil.hdf5 import Dataset, write_hdf5
+from wsimil.retrieval import distances, evaluate_search, majority, median_of_minimum, mosaics, search
 
 
 def write_cohort(folder: Path, *, signal: float, patient_signal: float = 0.0, n_patients: int = 12, n_tiles: int = 30) -> Path:
@@ -50,6 +52,17 @@ def test_many_distances_at_once_are_those_by_hand():
 
 def test_three_vote_and_the_nearest_breaks_ties():
     assert majority([1, 2, 2]) == 2 and majority([1, 2, 3]) == 1 and majority([2, 1]) == 2 and majority([0]) == 0
+
+
+def test_a_mosaic_is_thinned_to_the_tiles_asked_for(tmp_path):
+    folder = BagFolder(write_cohort(tmp_path, signal=1, n_patients=2))
+    name, rows = "p00-0", np.arange(5, 25)
+    parts = {"rows": Dataset(rows)}
+    write_hdf5(tmp_path / "mosaics" / f"{name}.h5", parts, {"format": "wsimil-mosaic", "format_version": 1, "slide_id": name})
+    features = folder.load(name).features.numpy()
+    for tiles, expected in ((50, rows), (20, rows), (5, [5, 9, 13, 17, 21]), (1, [5]), (0, np.arange(30))):
+        (found,) = mosaics(folder, [name], SearchConfig(tiles=tiles), quiet=True).values()
+        assert np.array_equal(found, features[expected])
 
 
 def test_what_is_alike_is_found_and_the_vote_is_right(tmp_path):

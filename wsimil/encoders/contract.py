@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from math import log
 from typing import Any, Literal
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "EncoderContract", "Interpolation", "Pooling", "safe_name"]
+__all__ = ["FINGERPRINT_START", "IMAGENET_MEAN", "IMAGENET_STD", "EncoderContract", "Interpolation", "Pooling", "safe_name"]
 
 Pooling = Literal["cls", "mean", "cls+mean", "model", "layer3", "self-vit-mil"]
 """How the tokens of a tile become one vector.
@@ -29,6 +30,9 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+FINGERPRINT_START = 16
+"""So many characters of a slide's fingerprint are kept: enough to know it by."""
 
 _SCALE_TOLERANCE = 1.25
 """Farther than this factor from the trained scale is worth a remark; authors themselves cut 256 px and feed 224."""
@@ -55,7 +59,7 @@ class EncoderContract:
     source: str = ""
     revision: str = ""  # the hub's commit that the weights at hand came from; empty: not from the hub, or not known
     note: str = ""
-    seen_slides: frozenset[str] = frozenset()  # start of the fingerprint of every slide it was trained on, where that is known
+    seen: tuple[tuple[str, str], ...] = ()  # slides it was trained on: id, and the start of the fingerprint ("" of tile folders)
     transductive: bool = False  # trained on slides that are tested, knowingly
 
     def __post_init__(self) -> None:
@@ -63,6 +67,23 @@ class EncoderContract:
             raise ValueError(
                 f"encoder {self.name}: dim {self.dim}, tile_px {self.tile_px}, std {self.std}; expected positive numbers"
             )
+
+    @cached_property
+    def seen_slides(self) -> frozenset[str]:
+        """Starts of the fingerprints of the slides it was trained on."""
+        return frozenset(content for _, content in self.seen if content)
+
+    @cached_property
+    def _seen_by_name(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Ids of the slides it was trained on: those that are known by nothing else, and all."""
+        return frozenset(name for name, content in self.seen if not content), frozenset(name for name, _ in self.seen)
+
+    def saw(self, slide_id: str, fingerprint: str = "") -> bool:
+        """Whether it was trained on this slide: by content, and by id where either side has no fingerprint."""
+        nameless, everything = self._seen_by_name
+        if not fingerprint:
+            return slide_id in everything
+        return fingerprint[:FINGERPRINT_START] in self.seen_slides or slide_id in nameless
 
     @property
     def folder_name(self) -> str:

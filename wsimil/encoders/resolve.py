@@ -256,8 +256,8 @@ def _seen(how_trained: Any) -> dict[str, Any]:
     slides = how_trained.get("slides") if isinstance(how_trained, Mapping) else None
     if not isinstance(slides, Mapping):
         return {}
-    seen = frozenset(str(content) for content in slides.values() if content)
-    return {"seen_slides": seen, "transductive": bool(how_trained.get("transductive"))}
+    seen = tuple((str(name).rpartition("/")[2], str(content or "")) for name, content in slides.items())
+    return {"seen": seen, "transductive": bool(how_trained.get("transductive"))}
 
 
 def _three(facts: Mapping[str, Any], key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:

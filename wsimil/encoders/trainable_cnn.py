@@ -21,6 +21,8 @@ from wsimil.errors import EncoderError
 
 __all__ = ["TrainableCNN", "trainable_cnn"]
 
+_TRIED_PX = 128
+
 
 class TrainableCNN(nn.Module):
     """Normalised images (B, 3, height, width) → (B, D), pooled by the network.
@@ -39,6 +41,11 @@ class TrainableCNN(nn.Module):
         self.network: Any = network
         self.architecture, self.model_args, self.start = architecture, model_args, start
         self.embed_dim = int(self.network.num_features)
+        if not _makes_maps(self.network, self.embed_dim):
+            raise EncoderError(
+                f"architecture {architecture}: {type(network).__name__} makes no map of {self.embed_dim} channels of images of any "
+                "size; take a convolutional network, for example densenet121 or resnet50"
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
@@ -50,11 +57,26 @@ class TrainableCNN(nn.Module):
         return self.network.forward_features(images).flatten(2).transpose(1, 2)
 
 
+@torch.no_grad()
+def _makes_maps(network: Any, dim: int) -> bool:
+    """Whether an image of a size that nobody told it becomes (1, D, h, w), and that (1, D)."""
+    image = torch.zeros(1, 3, _TRIED_PX, _TRIED_PX)
+    was_training = network.training
+    try:
+        network.eval()
+        maps, vector = network.forward_features(image), network(image)
+        return maps.ndim == 4 and maps.shape[1] == dim and vector.shape == (1, dim)
+    except (AssertionError, RuntimeError, ValueError):  # made for another size
+        return False
+    finally:
+        network.train(was_training)
+
+
 def trainable_cnn(architecture: str, *, init: str | None, seed: int = 0) -> TrainableCNN:
     """The network of that timm name, in float32 and eval mode, every parameter trainable; `init` as for `trainable_vit`.
 
     Raises:
-        EncoderError: timm does not know the architecture, or `init` is of another one.
+        EncoderError: timm does not know the architecture, it is a ViT or the like, or `init` is of another one.
         EncoderWeightsError: the weights of `init` cannot be had or do not fit.
     """
     plain = architecture.partition(".")[0]

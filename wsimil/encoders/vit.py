@@ -67,6 +67,9 @@ def embedding_dim(name: str, network: nn.Module, pooling: Pooling) -> int:
             raise EncoderError(f"encoder {name}: {type(network).__name__} has no patch tokens for pooling {pooling!r}; {way_out}")
         if pooling != "mean" and getattr(network, "cls_token", None) is None:
             raise EncoderError(f"encoder {name}: {type(network).__name__} has no class token for pooling {pooling!r}; {way_out}")
+        depth = len(getattr(network, "blocks", range(_LAST_BLOCKS)))  # type: ignore[arg-type]
+        if pooling == "self-vit-mil" and depth < _LAST_BLOCKS:
+            raise EncoderError(f"encoder {name}: pooling {pooling!r} joins the last {_LAST_BLOCKS} blocks of {depth}; {way_out}")
     width = int(network.num_features)  # type: ignore[arg-type]
     if pooling == "layer3":
         stages = getattr(network, "feature_info", [])

@@ -302,7 +302,7 @@ class _ExtractStage(Stage):
                     "encoder_mpp": contract.mpp,
                     "encoder_source": contract.source or None,
                     "encoder_revision": contract.revision or None,
-                    "encoder_saw_slide": str(tiled.attributes["slide_fingerprint"])[:16] in contract.seen_slides or None,
+                    "encoder_saw_slide": contract.saw(file.slide_id, str(tiled.attributes["slide_fingerprint"])) or None,
                     "encoder_transductive": contract.transductive or None,
                     "wsimil_version": version("wsimil"),
                 },

@@ -7,7 +7,8 @@ He et al. 2022 (arXiv 2111.06377).
 - The decoder looks near first: its attention falls with the distance of two patches, in each head differently fast. Left to find
   its neighbours by itself, a run of some hundred steps learns the colours of tiles and stops there. What is hidden begins as the
   mean of what is seen, which is what an encoder of mean patches gives.
-- Patches of bare glass are left out of the loss: normalised to unit deviation they are noise made large.
+- Patches of bare glass are left out of the loss: normalised to unit deviation they are noise made large. Glass is flat in every
+  colour, whatever its tint; colours are told apart for it, for each is normalised by numbers of its own.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class MaeObjective(Objective):
         decoder_dim, decoder_blocks: of the decoder, which is thrown away.
         mask_ratio: share of the patches that are hidden.
         norm_pix: what is painted are pixels with mean 0 and deviation 1 within each patch.
-        skip_std: patches that deviate less do not count; as a share of the way from black to white.
+        skip_std: patches of which no colour deviates as much do not count; as a share of the way from black to white.
         pixel_std: what the images were divided by.
     """
 
@@ -89,7 +90,7 @@ class MaeObjective(Objective):
                 f"mask_ratio {mask_ratio}, decoder_dim {decoder_dim}; expected a ratio between 0 and 1 and a multiple of 4"
             )
         self.patch_px, self.mask_ratio, self.norm_pix = patch_px, mask_ratio, norm_pix
-        self.least_std = skip_std / (sum(pixel_std) / 3)  # in the units of normalised images
+        self.skip_std, self.pixel_std = skip_std, pixel_std
         self.embed = nn.Linear(dim, decoder_dim)
         self.hidden_token = nn.Parameter(torch.empty(decoder_dim))
         self.blocks = nn.ModuleList(_Block(decoder_dim) for _ in range(decoder_blocks))
@@ -111,8 +112,8 @@ class MaeObjective(Objective):
             raise ConfigError(f"scores for {tuple(scores.shape)} patches, the images have {tuple(target.shape[:2])}")
         hidden, keep = self.hide(scores)
         pred = self.predict(model, images, keep)
-        deviation = target.std(-1, correction=0)  # (B, N)
-        counts = hidden & (deviation >= self.least_std)
+        deviation = target.unflatten(-1, (-1, 3)).std(-2, correction=0) * target.new_tensor(self.pixel_std)  # (B, N, 3)
+        counts = hidden & (deviation.amax(-1) >= self.skip_std)
         if self.norm_pix:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         loss = mae_loss(pred, target, counts)

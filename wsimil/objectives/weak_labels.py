@@ -49,7 +49,7 @@ class WeakLabels(Objective):
         dim: width of the model's vector.
         classes: names, in the order of the targets.
         trained_blocks: dense blocks that train, from the last: 1 to 4 are the paper's configurations I to IV; 4 trains everything
-            and works with any network.
+            and works with any network that gives a vector.
 
     Attributes:
         monitor: loss, accuracy (of the tiles) and chance (the largest share of a class in the batch), of the last batch.

@@ -156,8 +156,9 @@ CURES = (
     "begin with weights (--init imagenet), or take --method mae, which has no constant solution",
 )
 
-_UNIFORM, _ONE_HOT = 0.98, 0.02
+_UNIFORM, _ONE_HOT, _TOLD_APART = 0.98, 0.02, 0.01
 _LEAST_SPREAD, _LEAST_RANK, _RANK_LOSS = 0.1, 0.05, 0.5
+_ONE_DIRECTION, _SOME_TILES = 2.0, 64
 _PLATEAU, _PLATEAU_STEPS = 1e-3, 200
 
 
@@ -167,7 +168,8 @@ class Alarm:
 
     Args:
         dim: width of the features.
-        n_tiles: how many the panel has; ranks of fewer than 2 × dim tiles mean little and do not count.
+        n_tiles: how many the panel has; ranks of fewer than 2 × dim tiles mean little and do not count, but for a rank below 2 of
+            64 tiles and more: that is one direction. A handful of tiles of one slide may be as much alike to a healthy network.
         warm_up_steps: until then only entropies and the loss count: features change their scale while a run warms up.
         total: steps of the run.
         uniform_loss: what a teacher that says nothing costs: ln of the number of prototypes; None where there is no such loss.
@@ -199,6 +201,10 @@ class Alarm:
             found.append(f"the teacher says nothing: entropy {entropy:.3f} of 1")
         elif warm and mean_entropy is not None and mean_entropy < _ONE_HOT:
             found.append(f"the teacher says the same of every tile: entropy of its mean answer {mean_entropy:.3f}")
+        elif warm and entropy is not None and mean_entropy is not None and mean_entropy - entropy < _TOLD_APART:
+            found.append(
+                f"the teacher says the same of every tile: entropy {entropy:.3f}, of its mean answer no more ({mean_entropy:.3f})"
+            )
         if self.plateau_since is not None and step - self.plateau_since >= min(_PLATEAU_STEPS, self.total // 4):
             found.append(f"the loss has been ln(prototypes) = {self.uniform_loss:.4f} for {step - self.plateau_since} steps")
         if not all(math.isfinite(value) for value in numbers.values()):
@@ -208,7 +214,9 @@ class Alarm:
         if numbers.get("spread", 1.0) < _LEAST_SPREAD:
             found.append(f"features of all tiles are alike: spread {numbers['spread']:.3f} of 1")
         rank = numbers.get("rank")
-        if rank is not None and self.n_tiles >= 2 * self.dim:
+        if rank is not None and rank < _ONE_DIRECTION and self.n_tiles >= _SOME_TILES:
+            found.append(f"features use {rank:.1f} of {self.dim} directions")
+        elif rank is not None and self.n_tiles >= 2 * self.dim:
             if rank < _LEAST_RANK * self.dim:
                 found.append(f"features use {rank:.1f} of {self.dim} directions")
             elif rank < _RANK_LOSS * self.rank_max:

@@ -16,6 +16,7 @@ from wsimil.batch import EncodesTokens, Objective
 from wsimil.encoders.contract import IMAGENET_MEAN, IMAGENET_STD, Pooling
 from wsimil.encoders.trainable import TrainableViT, param_groups, trainable_vit
 from wsimil.encoders.trainable_cnn import TrainableCNN, trainable_cnn
+from wsimil.errors import UsageError
 from wsimil.objectives.dino import DinoObjective, MultiCrop
 from wsimil.objectives.mae import MaeObjective, MaskedImages
 from wsimil.objectives.weak_labels import LabelledTiles, WeakLabels
@@ -25,7 +26,7 @@ from wsimil.pretraining.loop import seed_of
 from wsimil.pretraining.presets import Recipe
 from wsimil.pretraining.views import DINO_VIEWS, MAE_VIEWS, SELF_VIT_MIL_VIEWS, ViewRecipe, mae_images, make_views
 
-__all__ = ["METHODS", "Method", "build", "network_of", "normalised", "pool", "view_recipe"]
+__all__ = ["METHODS", "Method", "build", "check_sizes", "network_of", "normalised", "pool", "view_recipe"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,22 @@ def network_of(recipe: Recipe, *, seed: int) -> TrainableViT | TrainableCNN:
         patch_px=recipe.patch_px or None,
         seed=seed,
     )
+
+
+def check_sizes(recipe: Recipe, model: TrainableViT | TrainableCNN) -> None:
+    """Raises UsageError where a view is no whole number of the network's patches wide."""
+    if not isinstance(model, TrainableViT):
+        return
+    patch_px = model.patch_px
+    for name in ("global_px", "local_px") if recipe.local_views else ("global_px",):
+        px = getattr(recipe, name)
+        if px % patch_px:
+            below, above = px // patch_px * patch_px, (px // patch_px + 1) * patch_px
+            fits = f"{below} or {above}" if below else f"{above}"
+            raise UsageError(
+                f"views of {px} px are no whole number of patches of {model.architecture}, {patch_px} px each; say "
+                f"--recipe-options {name}={fits}"
+            )
 
 
 def normalised(recipe: Recipe, model: TrainableViT | TrainableCNN) -> Recipe:

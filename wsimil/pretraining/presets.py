@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,6 +21,27 @@ from wsimil.config import PretrainConfig, nearest
 from wsimil.errors import ConfigError
 
 __all__ = ["Recipe", "differences", "preset", "resolve_recipe"]
+
+
+_RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("at least 1", lambda x: x >= 1, (
+        "batch_size", "prototypes", "bottleneck", "hidden", "decoder_dim", "global_px", "global_views", "local_px", "panel_tiles",
+        "lr_batch", "tiles",
+    )),
+    ("0 or more", lambda x: x >= 0, (
+        "depth", "patch_px", "local_views", "stain_sigma", "spread_weight", "decoder_blocks", "skip_std", "lr_power", "lr",
+        "min_lr", "weight_decay", "clip_norm", "steps", "epochs", "tiles_per_slide", "area_power", "distinct",
+    )),
+    ("more than 0", lambda x: x > 0, ("std", "student_temp", "base_lr", "max_lr")),
+    ("a share of the run, 0 to 1", lambda x: 0 <= x <= 1, ("freeze_last", "warm_up")),
+    ("a share of the run, more than 0 up to 1", lambda x: 0 < x <= 1, ("panel_every",)),
+    ("0 to 1", lambda x: 0 <= x <= 1, ("momentum",)),
+    ("more than 0 and up to 1", lambda x: 0 < x <= 1, ("layer_decay",)),
+    ("0 and more, less than 1", lambda x: 0 <= x < 1, ("drop_path", "beta2")),
+    ("more than 0 and less than 1", lambda x: 0 < x < 1, ("mask_ratio",)),
+    ("1 to 4", lambda x: 1 <= x <= 4, ("trained_blocks",)),
+)  # fmt: skip
+"""What numbers of a recipe may be, each of a list by itself."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +87,7 @@ class Recipe:
     decoder_blocks: int = 2
     mask_ratio: float = 0.75
     norm_pix: bool = True
-    skip_std: float = 0.02  # patches flatter than this are glass: their normalised pixels would be noise
+    skip_std: float = 0.02  # patches flatter than this in every colour are glass: their normalised pixels would be noise
 
     # slide labels
     trained_blocks: int = 4  # of a DenseNet's, from the last: KimiaNet's configurations I to IV
@@ -106,13 +128,23 @@ class Recipe:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ConfigError(f"recipe: {name} is {low}, {high}; expected shares of a tile's area, 0 to 1")
-        for name in ("batch_size", "prototypes", "bottleneck", "hidden", "decoder_dim", "global_px", "panel_tiles"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"recipe: {name} is {getattr(self, name)}; expected at least 1")
-        if self.patch_px < 0 or (self.patch_px and self.global_px % self.patch_px):
+        start, end, share = self.teacher_temp
+        if not (0 < start < math.inf and 0 < end < math.inf and 0 <= share <= 1):
+            raise ConfigError(f"recipe: teacher_temp is {start}, {end}, {share}; expected two above 0, and a share, 0 to 1")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (0, 3):
+                raise ConfigError(f"recipe: {name} is {getattr(self, name)}; expected three numbers, for red, green and blue")
+        for expected, fits, names in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if not all(math.isfinite(part) and fits(part) for part in (value if isinstance(value, tuple) else (value,))):
+                    raise ConfigError(f"recipe: {name} is {value}; expected {expected}")
+        if self.method == "dino" and self.global_views + self.local_views < 2:
+            raise ConfigError(
+                f"recipe: {self.global_views} global and {self.local_views} local views; DINO compares two views and more of a tile"
+            )
+        if self.patch_px and self.global_px % self.patch_px:
             raise ConfigError(f"recipe: global_px is {self.global_px}, patches are {self.patch_px} px; expected a multiple of them")
-        if not 0 < self.panel_every <= 1:
-            raise ConfigError(f"recipe: panel_every is {self.panel_every}; expected a share of the run, more than 0 up to 1")
 
     @property
     def peak_lr(self) -> float:

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -87,13 +87,22 @@ class Plan:
             distinct=self.recipe.distinct,
         )
 
-    def identity(self) -> dict[str, Any]:
-        """Everything that the weights are a function of, by name, as JSON has it."""
+    def identity(self, *, as_before: bool = False) -> dict[str, Any]:
+        """Everything that the weights are a function of, by name, as JSON has it; `as_before`: without what was added later.
+
+        The number of devices is not in it: a run may go on with other ones. Only the spreading loss depends on them.
+        """
         tiles = {f"tiles.{name}": value for name, value in self.sampler().recipe().items()}
-        split = {name: self.facts.get(name) for name in ("splits_hash", "fold", "transductive")}
+        split = {name: self.facts.get(name) for name in ("splits_hash", "fold")} | {"transductive": self.config.transductive}
         labels = {} if self.labels is None else {"classes": list(self.labels.classes), "labels": hash_of(self.labels.targets)}
-        named = {**asdict(self.recipe), **tiles, **split, **labels}
+        later = {} if as_before else {"accumulate": self.config.accumulate, "init_sha256": self.facts.get("init_sha256", "")}
+        named = {**asdict(self.recipe), **tiles, **split, **labels, **later}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in named.items()}
+
+    def differs_from(self, there: Mapping[str, Any]) -> list[str]:
+        """What the identity of another run says differently; one written before had one part a step, and weights nobody knows."""
+        here = self.identity()
+        return differences({"accumulate": 1, "init_sha256": here["init_sha256"], **there}, here)
 
 
 @dataclass(frozen=True)
@@ -389,7 +398,7 @@ class _Process:
         content = {
             "format": _CHECKPOINT_FORMAT,
             "identity": self.plan.identity(),
-            "key": hash_of(self.plan.identity()),
+            "devices": self.fabric.world_size,
             "loop": self.loop.state(),
             "alarm": self.alarm.state(),
             "panel_step": self.panel_step,
@@ -404,9 +413,9 @@ class _Process:
     def _resume(self) -> None:
         path = self.plan.out / LAST
         content = torch.load(path, map_location="cpu", weights_only=True)
-        here = self.plan.identity()
-        if content.get("format") != _CHECKPOINT_FORMAT or content["key"] != hash_of(here):
-            said = "; ".join(differences(content.get("identity", {}), here)[:6]) or "another version of wsimil wrote it"
+        other = self.plan.differs_from(content.get("identity", {}))
+        if content.get("format") != _CHECKPOINT_FORMAT or other:
+            said = "; ".join(other[:6]) or "another version of wsimil wrote it"
             raise UsageError(f"{path} is of another run ({said}); take another --out, or delete the file to begin anew")
         self.loop.load(content["loop"])
         self.alarm.load(content["alarm"])
@@ -414,6 +423,12 @@ class _Process:
         self.numbers, self._seconds = content["numbers"], content["seconds"]
         self.quarantined = content["quarantined"]
         self.say(f"going on at step {self.loop.step} of {self.recipe.steps}")
+        devices = content.get("devices", self.fabric.world_size)
+        if devices != self.fabric.world_size and self.recipe.method == "dino" and self.recipe.spread != "none":
+            self.say(
+                f"begun on {devices} devices, going on with {self.fabric.world_size}: each spreads the features of its own tiles, "
+                "so the weights will not be those of a run on one number of devices"
+            )
 
 
 def _pictured(folder: Path) -> list[tuple[str, Path]]:

@@ -16,7 +16,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing import active_children
@@ -28,7 +28,8 @@ from PIL import Image
 
 from wsimil.bags.labels import match_slides, read_labels
 from wsimil.bags.splits import read_splits, splits_hash
-from wsimil.config import PretrainConfig, Settings, TileConfig, save_settings
+from wsimil.config import PretrainConfig, Settings, TileConfig, read_settings, save_settings
+from wsimil.encoders.contract import FINGERPRINT_START, EncoderContract
 from wsimil.errors import LabelsError, SplitsError, UsageError, WsimilError
 from wsimil.extraction.extract import resolve_device
 from wsimil.files import IMAGE_SUFFIXES, atomic_path, hash_of, mark_output, read_json, write_json
@@ -36,11 +37,11 @@ from wsimil.pretraining.feed import TileFeed
 from wsimil.pretraining.health import CURES
 from wsimil.pretraining.index import TileIndex, index_slides, index_tiles
 from wsimil.pretraining.labels import with_labels, with_mosaics
-from wsimil.pretraining.methods import METHODS, network_of, normalised, view_recipe
+from wsimil.pretraining.methods import METHODS, check_sizes, network_of, normalised, view_recipe
 from wsimil.pretraining.pictures import view_sheet
 from wsimil.pretraining.presets import Recipe, differences, resolve_recipe
 from wsimil.pretraining.process import LAST, Outcome, Plan, new_loop, train
-from wsimil.slides.cohort import find_slides
+from wsimil.slides.cohort import SlideFile, find_slides
 from wsimil.table import Table
 
 __all__ = ["Forecast", "Pretrained", "pretrain"]
@@ -131,10 +132,15 @@ def pretrain(
     from_tiles = _holds_tiles(Path(slides), config, tile, say)
     if from_tiles and config.mpp_range is not None:
         raise UsageError("--mpp-range is for slides; tile images are taken at the scale they were cut at (--mpp says which)")
-    only, split = _training_ids(slides, splits, config, tile, from_tiles, say)
+    only, held_out, split = _training_ids(slides, splits, config, tile, from_tiles, say)
     diagnoses = _diagnoses(labels, settings)
     preview = resolve_recipe(config, n_slides=1)
     model = network_of(preview, seed=config.seed)  # before anything takes long: its weights may not be there
+    check_sizes(preview, model)
+    start = model.start
+    if start is not None:
+        _check_start(start, held_out, only)
+    _check_same_tiles(out, tile, from_tiles)
     mark_output(out)
     if from_tiles:
         index = index_tiles(slides, tile_px=tile.tile_px, mpp=tile.mpp, only=only)
@@ -152,8 +158,10 @@ def pretrain(
     recipe = replace(recipe, precision=_precision(recipe, config, device, say))
     facts = {
         **split,
+        "init_sha256": start.sha256 if start is not None else "",
+        "transductive": config.transductive or (start is not None and start.transductive),
         "n_slides": len(index.slides),
-        "slides": _slides_by_content(index),
+        "slides": _slides_by_content(index, start.seen if start is not None else ()),
         "mpp": list(config.scales(tile.mpp)),
         "tile_px": tile.tile_px,
         "versions": {name: version(name) for name in ("wsimil", "torch", "timm")},
@@ -251,19 +259,19 @@ def _training_ids(
     tile: TileConfig,
     from_tiles: bool,
     say: Callable[[str], None],
-) -> tuple[list[str] | None, dict[str, Any]]:
-    """Which slides may be used (None: all), and what the encoder will say about it."""
+) -> tuple[list[str] | None, dict[str, SlideFile | None], dict[str, Any]]:
+    """Which slides may be used (None: all), which are held out (None: not a file here), and what the encoder says about it."""
     if config.transductive and config.method == "weak":
         raise UsageError("--method weak learns from labels: with --transductive it would learn those of the test slides")
     if splits is None:
         if config.fold is not None:
             raise UsageError(f"--fold {config.fold} belongs to --splits; pass both or none")
-        return None, {"splits_hash": None, "fold": None, "transductive": config.transductive}
+        return None, {}, {"splits_hash": None, "fold": None}
     table = read_splits(splits)
-    said = {"splits_hash": splits_hash(table), "fold": None, "transductive": config.transductive}
+    said = {"splits_hash": splits_hash(table), "fold": None}
     if config.transductive:
         say("transductive: test slides are used without their labels; every result of this encoder will say so")
-        return None, said
+        return None, {}, said
     folds = sorted(table["fold"].unique().tolist())
     if config.fold is None and len(folds) > 1:
         raise SplitsError(
@@ -274,17 +282,17 @@ def _training_ids(
     if fold not in folds:
         raise UsageError(f"--fold {fold}: {splits} has folds {', '.join(map(str, folds))}")
     if from_tiles:
-        known = [slide.slide_id for slide in index_tiles(slides, tile_px=tile.tile_px, mpp=tile.mpp).slides]
+        known = {slide.slide_id: None for slide in index_tiles(slides, tile_px=tile.tile_px, mpp=tile.mpp).slides}
     else:
-        known = [file.slide_id for file in find_slides(slides)]
+        known = {file.slide_id: file for file in find_slides(slides)}
     sides = table[table["fold"] == fold]
     by_side: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    absent = 0
+    absent: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for name, side in zip(sides["slide_id"].tolist(), sides["split"].tolist(), strict=True):
         try:
             by_side[side] += match_slides([name], known)
         except LabelsError:
-            absent += side == "train"
+            absent[side].append(name)
     both = sorted(set(by_side["train"]) & {*by_side["val"], *by_side["test"]})
     if both:
         raise SplitsError(f"{splits}: {both[0]} stands on two sides of fold {fold} under two names")
@@ -294,14 +302,46 @@ def _training_ids(
     out = [f"{len(by_side[side])} {word}" for side, word in (("val", "validation"), ("test", "test")) if by_side[side]]
     out += [f"{unknown} that the splits do not name (a patient of theirs may be held out)"] if unknown else []
     say(f"fold {fold}: {len(by_side['train'])} training slides are used" + (f"; left out: {', '.join(out)}" if out else ""))
-    if absent:
-        say(f"fold {fold}: {absent} training slides of the splits are not in {slides}")
-    return sorted(set(by_side["train"])), {**said, "fold": fold}
+    if absent["train"]:
+        say(f"fold {fold}: {len(absent['train'])} training slides of the splits are not in {slides}")
+    held_out: dict[str, SlideFile | None] = {name: None for side in ("val", "test") for name in absent[side]}
+    held_out |= {name: known[name] for side in ("val", "test") for name in by_side[side]}
+    return sorted(set(by_side["train"])), held_out, {**said, "fold": fold}
 
 
-def _slides_by_content(index: TileIndex) -> dict[str, str]:
-    """slide_id → what the file is known by, for slides; a folder of tiles is known by its name alone."""
-    return {slide.slide_id: "" if slide.pictures else slide.file.fingerprint()[:16] for slide in index.slides}
+def _check_start(start: EncoderContract, held_out: Mapping[str, SlideFile | None], only: Sequence[str] | None) -> None:
+    """Raises SplitsError if the weights to begin with come from slides that this fold holds out."""
+    if only is None or not start.seen:
+        return
+    seen = [name for name, file in held_out.items() if start.saw(name, _content(file))]
+    if seen:
+        raise SplitsError(
+            f"--init {start.name}: these weights have seen {len(seen)} of {len(held_out)} validation and test slides, "
+            f"{seen[0]} for one; begin with others (of the same fold, imagenet, scratch), or say --transductive, which every "
+            "result will repeat"
+        )
+
+
+def _content(file: SlideFile | None) -> str:
+    """What a slide is known by; nothing where there is no such file, or it cannot be read."""
+    try:
+        return "" if file is None else file.fingerprint()
+    except OSError:
+        return ""
+
+
+def _slides_by_content(index: TileIndex, before: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
+    """slide_id → what the file is known by, for slides; a folder of tiles is known by its name alone.
+
+    `before` are the slides that the weights had seen already. One of an id that is another slide's here has `earlier/` before it.
+    """
+    seen = {slide.slide_id: "" if slide.pictures else slide.file.fingerprint()[:FINGERPRINT_START] for slide in index.slides}
+    for slide_id, content in before:
+        name = slide_id
+        while seen.get(name, content) != content:
+            name = f"earlier/{name}"  # no id has a slash
+        seen[name] = content
+    return seen
 
 
 def _describe(plan: Plan) -> str:
@@ -527,6 +567,29 @@ def _ended(plan: Plan, outcome: Outcome, say: Callable[[str], None]) -> Pretrain
     return Pretrained(out, plan.recipe, outcome.exported_step, remark)
 
 
+_CUT_BY = ("mpp", "tile_px", "overlap_px", "min_tissue", "tissue", "pen")
+
+
+def _check_same_tiles(out: Path, tile: TileConfig, from_tiles: bool) -> None:
+    """Refuse other tiles in a run's folder before its slides are tiled anew; what files decide, its index tells later."""
+    try:
+        there = read_settings(_SECTIONS, out / "config.yaml").tile if _begun(out) else tile
+    except (OSError, UsageError):
+        return
+    names = ("mpp", "tile_px") if from_tiles else _CUT_BY if tile.tissue == "auto" else _CUT_BY[:-1]
+    one, other = ({f"tile.{name}": getattr(config, name) for name in names} for config in (there, tile))
+    if said := differences(one, other):
+        raise _another_run(out, said)
+
+
+def _begun(out: Path) -> bool:
+    return (out / LAST).exists() or (out / "encoder.json").exists()
+
+
+def _another_run(out: Path, said: Sequence[str]) -> UsageError:
+    return UsageError(f"{out} is of another run ({'; '.join(said[:6])}); take another --out, or delete the folder to begin anew")
+
+
 def _check_same_run(plan: Plan) -> None:
     """Note which run the folder is of; refuse another one before anything of the first is overwritten."""
     note, here = plan.out / "run.json", plan.identity()
@@ -534,11 +597,8 @@ def _check_same_run(plan: Plan) -> None:
         there = read_json(note)
     except (OSError, ValueError):
         there = here
-    begun = (plan.out / LAST).exists() or (plan.out / "encoder.json").exists()
-    if begun and (said := differences(there, here)):
-        raise UsageError(
-            f"{plan.out} is of another run ({'; '.join(said[:6])}); take another --out, or delete the folder to begin anew"
-        )
+    if _begun(plan.out) and (said := plan.differs_from(there)):
+        raise _another_run(plan.out, said)
     write_json(note, here)
 
 
@@ -554,7 +614,7 @@ def _finished(plan: Plan) -> Pretrained | None:
         return None
     if not (plan.out / "encoder.json").exists() or not (plan.out / "backbone.safetensors").exists():
         return None
-    if said.get("key") != _key(plan):
+    if said.get("key") not in (_key(plan), hash_of(plan.identity(as_before=True))):
         return None
     return Pretrained(plan.out, plan.recipe, int(said["exported_step"]), str(said["remark"]))
 

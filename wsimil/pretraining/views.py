@@ -53,6 +53,7 @@ class ViewRecipe:
     all_turns: bool = True  # each of the eight orientations alike; else only the left-right mirror image, with one half
     hed_sigma: float = 0.06  # of the factor and of the shift of each stain
     jitter: tuple[float, float, float] = (0.2, 0.2, 0.1)  # brightness, contrast, saturation: factors 1 ± this
+    clamped: bool = False  # each of these steps ends within 0-1, as torchvision's do; else the last alone
     hue: float = 0.0  # ± this, in turns
     jitter_p: float = 0.8
     grey_p: float = 0.1
@@ -83,6 +84,7 @@ SELF_VIT_MIL_VIEWS = ViewRecipe(
     all_turns=False,
     hed_sigma=0.0,
     jitter=(0.4, 0.4, 0.2),
+    clamped=True,
     hue=0.1,
     grey_p=0.2,
     blur_p=(1.0, 0.1, 0.5),
@@ -222,10 +224,13 @@ def _recoloured(x: Tensor, random: np.ndarray, recipe: ViewRecipe, place: int) -
     greyed = random[:, _GREYED] < recipe.grey_p
     if (jittered.any() and any(recipe.jitter)) or greyed.any():
         strength = np.array(recipe.jitter) * jittered[:, None]
-        matrix, of_mean = _color_change(1 + (2 * random[:, [_BRIGHT, _CONTRAST, _SATURATE]] - 1) * strength, greyed)
-        flat = x.flatten(2)
-        shift = _to(of_mean, x).view(-1, 1, 1) * (flat.mean(2) @ x.new_tensor(_GREY)).view(-1, 1, 1)
-        x = torch.baddbmm(shift.expand(-1, 3, 1), _to(matrix, x), flat).clamp_(0, 1).view(shape)
+        factors = 1 + (2 * random[:, [_BRIGHT, _CONTRAST, _SATURATE]] - 1) * strength
+        steps = [np.where(np.arange(3) == part, factors, 1) for part in range(3)] if recipe.clamped else [factors]
+        for number, step in enumerate(steps, 1):
+            matrix, of_mean = _color_change(step, greyed & (number == len(steps)))
+            flat = x.flatten(2)
+            shift = _to(of_mean, x).view(-1, 1, 1) * (flat.mean(2) @ x.new_tensor(_GREY)).view(-1, 1, 1)
+            x = torch.baddbmm(shift.expand(-1, 3, 1), _to(matrix, x), flat).clamp_(0, 1).view(shape)
     blur_p = recipe.blur_p[min(place, 1)] if place < recipe.n_global else recipe.blur_p[2]
     rows = np.flatnonzero(random[:, _BLURRED] < blur_p)
     if len(rows):
