@@ -33,6 +33,7 @@ from wsimil.hdf5 import Dataset, write_hdf5
 from wsimil.progress import progress
 from wsimil.task import Task, survival_of
 from wsimil.training import TrainedModel, load_model
+from wsimil.training.model import differences
 
 __all__ = ["predict"]
 
@@ -175,13 +176,14 @@ def _read_run(folder: Path) -> _Run:
         raise UsageError(f"{folder}: no finished model in it; `wsimil train` makes one")
     models = [load_model(path) for path in folders]
     root = folder.parent if folders == [folder] else folder
+    _check_one_recipe(root, models)
     splits = read_splits(root / "splits.csv")
     expected = splits_hash(splits)
     for model in models:
         if model.splits_hash != expected:
             raise UsageError(
-                f"{model.folder.name} was trained on other splits than {root / 'splits.csv'}; "
-                "its test slides cannot be told from its training slides: train again"
+                f"{model.folder.name} was trained on other splits than {root / 'splits.csv'}; its test slides cannot be told "
+                f"from its training slides: train it again, or delete {model.folder} if its fold or seed is no longer wanted"
             )
         if model.task.kind != models[0].task.kind or model.task.classes != models[0].task.classes:
             raise UsageError(
@@ -194,6 +196,21 @@ def _read_run(folder: Path) -> _Run:
             )
     labels = pd.read_csv(root / "labels.csv", dtype=str, keep_default_na=False).set_index("slide_id")
     return _Run(models, splits, labels)
+
+
+def _check_one_recipe(root: Path, models: list[TrainedModel]) -> None:
+    """Raises UsageError if the models are of different aggregators or settings: their mean would be nobody's prediction."""
+    kinds: dict[str, list[TrainedModel]] = defaultdict(list)
+    for model in models:
+        kinds[hash_of(model.recipe)].append(model)
+    if len(kinds) > 1:
+        groups = list(kinds.values())
+        said = differences([group[0].recipe for group in groups])
+        named = [f"{', '.join(model.folder.name for model in group)} ({text})" for group, text in zip(groups, said, strict=True)]
+        raise UsageError(
+            f"{root} has models of different settings, which are not averaged: {'; '.join(named)}; "
+            "train one kind into another --out, or delete its folders"
+        )
 
 
 def _described(limits: FilterConfig) -> str:
