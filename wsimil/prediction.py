@@ -1,8 +1,10 @@
 """From models and bags to predictions and tile scores, out of one forward pass.
 
 - A slide of the cohort is predicted only by the folds where it is in test; a new slide by the mean of all folds.
+- Slides of a patient that are one bag have one label: what is said of any of them, or an error where that is two things.
 - Slides without tiles, and slides that failed, have a row that says so: no slide is lost on the way to the metrics.
 - A slide that the encoder was pretrained on is marked in its row, so that whoever has only the table knows.
+- A model without the splits and labels of its run is a model of new slides alone.
 - Bags of another encoder than the model's are refused; tiles are filtered as the model's were, never otherwise.
 """
 
@@ -12,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,17 +24,17 @@ from wsimil.aggregators.packed import segment_softmax
 from wsimil.bags.bag import BagHeader, describe_encoder
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.filter import NO_FILTER
-from wsimil.bags.splits import read_splits, splits_hash
+from wsimil.bags.splits import COLUMNS, read_splits, splits_hash
 from wsimil.batch import BagBatch, BagOutput, pack
 from wsimil.config import FilterConfig, PredictConfig, Settings, save_settings
-from wsimil.errors import EncoderMismatchError, UsageError
+from wsimil.errors import EncoderMismatchError, LabelsError, UsageError
 from wsimil.evaluation.table import SEEN
 from wsimil.extraction.extract import resolve_device
 from wsimil.extraction.job import Row, slides_of_job
 from wsimil.files import atomic_path, file_sha256, hash_of, sweep_temporary_files
 from wsimil.hdf5 import Dataset, write_hdf5
 from wsimil.progress import progress
-from wsimil.task import Task, survival_of
+from wsimil.task import Task, agreed, survival_of
 from wsimil.training import TrainedModel, load_model
 from wsimil.training.model import differences
 
@@ -59,10 +62,11 @@ def predict(
 
     Raises:
         UsageError: no finished model, or models and splits that do not belong together.
+        LabelsError: slides of one patient, to be predicted as one bag, with different labels.
         EncoderMismatchError: the bags are another encoder's.
     """
     config = config or PredictConfig()
-    run = _read_run(Path(model))
+    run = _read_run(Path(model), say)
     bag_folder = BagFolder(bags, filter=run.filter, cache_bytes=0)  # every slide is read once
     for remark in bag_folder.remarks:
         say(remark)
@@ -76,14 +80,13 @@ def predict(
     sweep_temporary_files(Path(out) / "scores")
     statuses = slides_of_job(bag_folder)
     rows: list[dict] = []
-    not_tested = 0
     groups = _groups(bag_folder, run, config)
-    for name, slide_ids in progress(list(groups.items()), "predict", unit=config.bag, quiet=quiet):
-        models, fold, split = run.models_for(slide_ids[0])
-        if not models:
-            not_tested += 1
-            continue
-        row = run.describe(slide_ids, bag_folder, statuses) | {"fold": fold, "split": split}
+    chosen = {name: run.models_for(slide_ids[0]) for name, slide_ids in groups.items()}
+    tested = [name for name in groups if chosen[name][0]]
+    described = {name: run.describe(groups[name], statuses) for name in tested}  # what is wrong there is said before the work
+    for name in progress(tested, "predict", unit=config.bag, quiet=quiet):
+        slide_ids, (models, fold, split) = groups[name], chosen[name]
+        row = described[name] | {"fold": fold, "split": split}
         if config.bag == "patient":
             row["slide_id"] = name
         if any(bag_folder.headers[slide_id].attributes.get("encoder_saw_slide") for slide_id in slide_ids):
@@ -94,12 +97,12 @@ def predict(
             continue
         row |= _predict_one(bag_folder, filled, models, run.task, device, Path(out), name=name)
         rows.append(row | {"status": "done"})
-    if not_tested:
-        say(f"{not_tested} slides are in no test fold of this model, so they are not predicted")
+    if len(tested) < len(groups):
+        say(f"{len(groups) - len(tested)} {config.bag}s are in no test fold of this model, so they are not predicted")
     for status in statuses.values():
         if status.status == "failed" and status.slide_id not in bag_folder.headers:
             _, fold, split = run.models_for(status.slide_id)
-            rows.append(run.describe([status.slide_id], bag_folder, statuses) | {"fold": fold, "split": split, "status": "failed"})
+            rows.append(run.describe([status.slide_id], statuses) | {"fold": fold, "split": split, "status": "failed"})
     written = {slide_id for row in rows if row["status"] == "done" for slide_id in groups.get(row["slide_id"], [])}
     for path in (Path(out) / "scores").glob("*.h5"):
         if path.stem not in written:  # of an earlier prediction of other slides
@@ -108,7 +111,7 @@ def predict(
     table = pd.DataFrame(rows, columns=columns).sort_values("slide_id", ignore_index=True)
     save_settings(Path(out) / "config.yaml", Settings(predict=config), ["predict"])
     with atomic_path(Path(out) / "predictions.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
+        table.to_csv(temporary, index=False)  # every digit that is there: rounded, confident predictions would be ties
     return table
 
 
@@ -151,24 +154,27 @@ class _Run:
         chosen = [model for model in self.models if model.fold in folds]
         return chosen, ";".join(map(str, folds)), "test"
 
-    def describe(self, slide_ids: list[str], bags: BagFolder, statuses: dict[str, Row]) -> dict[str, str]:
-        """What the table says of a slide, or of the slides of a patient."""
-        names, patient, label = [], slide_ids[0], ""
-        for slide_id in slide_ids:
-            known = slide_id in self.labels.index
-            names.append(
-                str(self.labels.loc[slide_id, "slide"]) if known else statuses[slide_id].slide if slide_id in statuses else slide_id
-            )
-            if known:
-                patient, label = str(self.labels.loc[slide_id, "patient"]), str(self.labels.loc[slide_id, "label"])
+    def describe(self, slide_ids: list[str], statuses: dict[str, Row]) -> dict[str, str]:
+        """What the table says of a slide, or of the slides of a patient.
+
+        Raises:
+            LabelsError: the labels of the patient's slides contradict each other.
+        """
+        known: Any = self.labels.loc[[slide_id for slide_id in slide_ids if slide_id in self.labels.index]]
+        given = known["slide"].to_dict()
+        names = [given.get(name) or (statuses[name].slide if name in statuses else name) for name in slide_ids]
+        patient = next(iter(known["patient"]), slide_ids[0])
+        try:
+            label = agreed(known["label"])
+        except LabelsError as error:
+            raise LabelsError(f"patient {patient}: {error} of its slides; one bag per patient has one label") from error
         row = {"slide": ";".join(names), "slide_id": slide_ids[0], "patient": patient, "label": self.task.hard_label(label)}
         if self.task.kind == "survival" and label:
-            time, event = survival_of(label)
-            row |= {"time": f"{time:.15g}", "event": str(int(event))}
+            row |= {"time": label.removesuffix("+"), "event": str(int(survival_of(label)[1]))}
         return row
 
 
-def _read_run(folder: Path) -> _Run:
+def _read_run(folder: Path, say: Callable[[str], None]) -> _Run:
     folders = (
         [folder] if (folder / "model.json").exists() else sorted(path.parent for path in folder.glob("fold*-seed*/model.json"))
     )
@@ -177,14 +183,7 @@ def _read_run(folder: Path) -> _Run:
     models = [load_model(path) for path in folders]
     root = folder.parent if folders == [folder] else folder
     _check_one_recipe(root, models)
-    splits = read_splits(root / "splits.csv")
-    expected = splits_hash(splits)
     for model in models:
-        if model.splits_hash != expected:
-            raise UsageError(
-                f"{model.folder.name} was trained on other splits than {root / 'splits.csv'}; its test slides cannot be told "
-                f"from its training slides: train it again, or delete {model.folder} if its fold or seed is no longer wanted"
-            )
         if model.task.kind != models[0].task.kind or model.task.classes != models[0].task.classes:
             raise UsageError(
                 f"{model.folder.name} solves another task than {models[0].folder.name}; keep runs in folders of their own"
@@ -193,6 +192,21 @@ def _read_run(folder: Path) -> _Run:
             raise UsageError(
                 f"{model.folder.name} learned from other tiles than {models[0].folder.name} (filter {_described(model.filter)}; "
                 f"{_described(models[0].filter)}); train both with one filter, or keep runs in folders of their own"
+            )
+    if not (root / "splits.csv").exists() and not (root / "labels.csv").exists():
+        say(
+            f"{root} has no splits.csv and labels.csv: every slide is taken for a new one; "
+            "what is said of slides that the model was trained on is no result"
+        )
+        nobody = pd.DataFrame(columns=["slide_id", "slide", "patient", "label"], dtype=str)
+        return _Run(models, pd.DataFrame(columns=COLUMNS), nobody.set_index("slide_id"))
+    splits = read_splits(root / "splits.csv")
+    expected = splits_hash(splits)
+    for model in models:
+        if model.splits_hash != expected:
+            raise UsageError(
+                f"{model.folder.name} was trained on other splits than {root / 'splits.csv'}; its test slides cannot be told "
+                f"from its training slides: train it again, or delete {model.folder} if its fold or seed is no longer wanted"
             )
     labels = pd.read_csv(root / "labels.csv", dtype=str, keep_default_na=False).set_index("slide_id")
     return _Run(models, splits, labels)

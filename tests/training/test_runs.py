@@ -79,3 +79,16 @@ def test_a_fold_that_is_gone_is_named(toy, tmp_path):
     assert any(line.startswith("fold2-seed0: the splits have no fold 2 any more") for line in said)
     with pytest.raises(UsageError, match=r"fold2-seed0 was trained on other splits .* or delete .*fold2-seed0"):
         predict(toy, tmp_path / "run", tmp_path / "out", quiet=True)
+
+
+def test_a_model_that_was_taken_elsewhere_predicts_new_slides(toy, tmp_path):
+    trained(toy, tmp_path / "run", fold="0")
+    shutil.copytree(tmp_path / "run/fold0-seed0", tmp_path / "elsewhere/fold0-seed0")
+    for model in (tmp_path / "elsewhere", tmp_path / "elsewhere/fold0-seed0"):
+        said: list[str] = []
+        rows = predict(toy, model, tmp_path / "out", quiet=True, say=said.append)
+        assert len(rows) == 24 and set(rows["split"]) == {"new"} and set(rows["label"]) == {""}
+        assert len(said) == 1 and "no splits.csv and labels.csv: every slide is taken for a new one" in said[0]
+    (tmp_path / "run/splits.csv").rename(tmp_path / "elsewhere/splits.csv")
+    with pytest.raises(UsageError, match=r"splits\.csv"):  # labels, but nobody knows whose test slides they are of
+        predict(toy, tmp_path / "run", tmp_path / "out", quiet=True)
