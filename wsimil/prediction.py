@@ -1,6 +1,6 @@
 """From models and bags to predictions and tile scores, out of one forward pass.
 
-- A slide of the cohort is predicted only by the folds where it is in test; a new slide by the mean of all folds.
+- A slide of the cohort is predicted only by the folds where it is in test, a row of each; a new slide by the mean of all folds.
 - Slides of a patient that are one bag have one label: what is said of any of them, or an error where that is two things.
 - Slides without tiles, and slides that failed, have a row that says so: no slide is lost on the way to the metrics.
 - A slide that the encoder was pretrained on is marked in its row, so that whoever has only the table knows.
@@ -28,7 +28,7 @@ from wsimil.bags.splits import COLUMNS, read_splits, splits_hash
 from wsimil.batch import BagBatch, BagOutput, pack
 from wsimil.config import FilterConfig, PredictConfig, Settings, save_settings
 from wsimil.errors import EncoderMismatchError, LabelsError, UsageError
-from wsimil.evaluation.table import SEEN
+from wsimil.evaluation.table import ENSEMBLE, SEEN
 from wsimil.extraction.extract import resolve_device
 from wsimil.extraction.job import Row, slides_of_job
 from wsimil.files import atomic_path, file_sha256, hash_of, sweep_temporary_files
@@ -82,37 +82,42 @@ def predict(
     rows: list[dict] = []
     groups = _groups(bag_folder, run, config)
     chosen = {name: run.models_for(slide_ids[0]) for name, slide_ids in groups.items()}
-    tested = [name for name in groups if chosen[name][0]]
+    tested = [name for name in groups if any(chosen[name].values())]
     described = {name: run.describe(groups[name], statuses) for name in tested}  # what is wrong there is said before the work
     for name in progress(tested, "predict", unit=config.bag, quiet=quiet):
-        slide_ids, (models, fold, split) = groups[name], chosen[name]
-        row = described[name] | {"fold": fold, "split": split}
+        slide_ids, by_fold = groups[name], {fold: models for fold, models in chosen[name].items() if models}
+        row = described[name]
         if config.bag == "patient":
             row["slide_id"] = name
         if any(bag_folder.headers[slide_id].attributes.get("encoder_saw_slide") for slide_id in slide_ids):
             row[SEEN] = "1"
         filled = [slide_id for slide_id in slide_ids if bag_folder.n_valid(slide_id) > 0]
-        if not filled:
-            rows.append(row | {"status": "empty"})
-            continue
-        row |= _predict_one(bag_folder, filled, models, run.task, device, Path(out), name=name)
-        rows.append(row | {"status": "done"})
+        models = [model for own in by_fold.values() for model in own]
+        said = _predict_one(bag_folder, filled, models, run.task, device, Path(out), name=name) if filled else []
+        logits = iter(said)  # fold by fold, as the models
+        for fold, own in by_fold.items():
+            columns = _decoded([next(logits) for _ in own], own) if filled else {}
+            rows.append(row | columns | _side_of(fold) | {"status": "done" if filled else "empty"})
     if len(tested) < len(groups):
         say(f"{len(groups) - len(tested)} {config.bag}s are in no test fold of this model, so they are not predicted")
     for status in statuses.values():
         if status.status == "failed" and status.slide_id not in bag_folder.headers:
-            _, fold, split = run.models_for(status.slide_id)
-            rows.append(run.describe([status.slide_id], statuses) | {"fold": fold, "split": split, "status": "failed"})
+            row = run.describe([status.slide_id], statuses) | {"status": "failed"}
+            rows += [row | _side_of(fold) for fold in run.models_for(status.slide_id) or [""]]
     written = {slide_id for row in rows if row["status"] == "done" for slide_id in groups.get(row["slide_id"], [])}
     for path in (Path(out) / "scores").glob("*.h5"):
         if path.stem not in written:  # of an earlier prediction of other slides
             path.unlink()
     columns = _columns(run.task) + ([SEEN] if any(SEEN in row for row in rows) else [])
-    table = pd.DataFrame(rows, columns=columns).sort_values("slide_id", ignore_index=True)
+    table = pd.DataFrame(rows, columns=columns).sort_values("slide_id", ignore_index=True, kind="stable")
     save_settings(Path(out) / "config.yaml", Settings(predict=config), ["predict"])
     with atomic_path(Path(out) / "predictions.csv") as temporary:
         table.to_csv(temporary, index=False)  # every digit that is there: rounded, confident predictions would be ties
     return table
+
+
+def _side_of(fold: str) -> dict[str, str]:
+    return {"fold": fold, "split": "new" if fold == ENSEMBLE else "test"}
 
 
 def _columns(task: Task) -> list[str]:
@@ -141,18 +146,17 @@ class _Run:
     def filter(self) -> FilterConfig:
         return self.models[0].filter
 
-    def models_for(self, slide_id: str) -> tuple[list[TrainedModel], str, str]:
-        """Models that may predict a slide, the fold they stand for, and the slide's split: test or new."""
+    def models_for(self, slide_id: str) -> dict[str, list[TrainedModel]]:
+        """Fold → its models, of the folds that a slide is in test in; of a new slide `ensemble` → all."""
         mine = self.splits[self.splits["slide_id"] == slide_id]
         if mine.empty:
             if slide_id in self.labels.index and self.labels.loc[slide_id, "patient"] in set(self.splits["patient"]):
                 # an empty or failed slide of a patient who was trained on
                 mine = self.splits[self.splits["patient"] == self.labels.loc[slide_id, "patient"]]
             else:
-                return self.models, "ensemble", "new"
+                return {ENSEMBLE: self.models}
         folds = sorted(set(mine.loc[mine["split"] == "test", "fold"].tolist()))
-        chosen = [model for model in self.models if model.fold in folds]
-        return chosen, ";".join(map(str, folds)), "test"
+        return {str(fold): [model for model in self.models if model.fold == fold] for fold in folds}
 
     def describe(self, slide_ids: list[str], statuses: dict[str, Row]) -> dict[str, str]:
         """What the table says of a slide, or of the slides of a patient.
@@ -258,8 +262,8 @@ def _groups(bags: BagFolder, run: _Run, config: PredictConfig) -> dict[str, list
 
 def _predict_one(
     bags: BagFolder, slide_ids: list[str], models: list[TrainedModel], task: Task, device: str, out: Path, *, name: str
-) -> dict:
-    """Predict slides as one bag of this name; write their tile scores; return the columns of the prediction."""
+) -> list[np.ndarray]:
+    """Predict slides as one bag of this name; write their tile scores, the mean over models; return each model's logits (1, C)."""
     batch = _one_bag([bags.load(slide_id) for slide_id in slide_ids]).to(device)
     with torch.inference_mode():
         outputs = [model.model(batch, explain=True) for model in models]
@@ -271,7 +275,7 @@ def _predict_one(
         mine = {score: values[rows] for score, values in scores.items()}
         _write_scores(out / "scores" / f"{slide_id}.h5", bags.headers[slide_id], keep, mine, models, bag=name)
         start = rows.stop
-    return _decoded([output.logits.float().cpu().numpy() for output in outputs], models)
+    return [output.logits.float().cpu().numpy() for output in outputs]
 
 
 def _decoded(logits: list[np.ndarray], models: list[TrainedModel]) -> dict:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from wsimil.cli import main
 from wsimil.config import PredictConfig, Settings, SplitConfig, TrainConfig
 from wsimil.errors import LabelsError
 from wsimil.evaluation import evaluate_predictions
-from wsimil.evaluation.table import read_predictions
+from wsimil.evaluation.table import mean_over_folds, read_predictions
 from wsimil.files import atomic_path
+from wsimil.hdf5 import read_attributes
 from wsimil.prediction import _decoded, predict
 from wsimil.task import Task
 from wsimil.training import load_model, train
@@ -108,3 +111,37 @@ def test_confident_predictions_are_no_ties(cohort):
         assert len({row[f"prob_{name}"] for row in rows}) == len(rows)
     smaller = Task("binary", ("neg", "pos")).probabilities(np.array([[-60.0], [60.0]]))
     assert smaller[0, 1] == smaller[1, 0] == pytest.approx(np.exp(-60.0))
+
+
+def test_a_slide_that_two_folds_tested_has_a_row_of_each_and_one_map(cohort, tmp_path):
+    """As with Monte-Carlo splits: a test set in two folds, with other training slides; s00 is in test in one of them."""
+    names, rows = [f"s{number:02}" for number in range(24)], ["fold,slide_id,patient,site,split"]
+    for fold in (0, 1):
+        tests = names[fold:8]
+        sides = ["test" if name in tests else "val" if number % 3 == fold else "train" for number, name in enumerate(names)]
+        rows += [f"{fold},{name},{name},,{side}" for name, side in zip(names, sides, strict=True)]
+    (tmp_path / "splits.csv").write_text("\n".join(rows))
+    labels = pd.read_csv(cohort / "labels.csv").drop(columns="patient")
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    config = TrainConfig(epochs=2, hidden=8, device="cpu", seeds=2)
+    settings = Settings(train=config)
+    train(cohort, tmp_path / "labels.csv", tmp_path / "run", splits=tmp_path / "splits.csv", settings=settings, quiet=True)
+    both = predict(cohort, tmp_path / "run", tmp_path / "both", quiet=True)
+    assert Counter(both["slide_id"]) == {name: 1 + (name != "s00") for name in names[:8]} and set(both["fold"]) == {"0", "1"}
+    for fold in (0, 1):  # what the fold alone says
+        alone = tmp_path / f"fold{fold}"
+        shutil.copytree(tmp_path / "run", alone)
+        for seed in (0, 1):
+            shutil.rmtree(alone / f"fold{1 - fold}-seed{seed}")
+        own = predict(cohort, alone, tmp_path / "alone", quiet=True)
+        pd.testing.assert_frame_equal(own, both[both["fold"] == str(fold)].reset_index(drop=True))
+    table = read_predictions(tmp_path / "both/predictions.csv")
+    metrics = evaluate_predictions(table, n_bootstrap=20)
+    assert set(metrics["folds"]) == {"0", "1"} and metrics["folds"]["1"]["n_slides"] == 7 and metrics["n_slides"] == 8
+    shown = mean_over_folds(table)
+    assert shown["slide_id"].tolist() == names[:8] and set(shown["fold"]) == {"0", "0;1"}
+    mean = table[table["slide_id"] == "s03"][["prob_pos", "threshold"]].mean()
+    row = shown.set_index("slide_id").loc["s03"]
+    assert row["prob_pos"] == mean["prob_pos"]
+    assert row["prediction"] == ("pos" if mean["prob_pos"] >= mean["threshold"] else "neg")
+    assert len(read_attributes(tmp_path / "both/scores/s03.h5")["models"]) == 4
