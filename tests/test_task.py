@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from wsimil.config import TrainConfig
 from wsimil.errors import LabelsError
-from wsimil.task import Task, facts_of, facts_text, survival_of, survival_text
+from wsimil.task import Task, agreed, facts_of, facts_text, survival_of, survival_text
 
 BINARY = Task("binary", ("normal", "tumour"))
 TYPES = Task("multiclass", ("a", "b", "c"))
@@ -331,3 +332,24 @@ def test_a_task_of_an_older_or_newer_wsimil():
 @pytest.mark.parametrize("task", EVERY, ids=lambda task: f"{task.kind}-{task.criterion}")
 def test_columns_of_tile_scores_are_named(task):
     assert task.map_columns(np.zeros((5, task.n_outputs))).shape == (5, len(task.output_names))
+
+
+@pytest.mark.parametrize(
+    ("labels", "label"),
+    [
+        ([], ""),
+        (["", "a", "", "a"], "a"),
+        (["12.0+", "", "12+"], "12+"),
+        (["ER=1", "ER=1;HER2=0", "PR=1"], "ER=1;HER2=0;PR=1"),
+        (["a=0.3;b=0.7", "a=0.3;b=0.7"], "a=0.3;b=0.7"),
+        (["12", "12+"], None),
+        (["1.5", "1.25"], None),
+        (["ER=1", "HER2=0", "ER=0"], None),
+    ],
+)
+def test_slides_of_one_patient_agree_or_do_not(labels, label):
+    if label is None:
+        with pytest.raises(LabelsError, match=re.escape(f"labels {' and '.join(map(repr, labels))}")):
+            agreed(labels)
+    else:
+        assert agreed(labels) == label

@@ -333,7 +333,7 @@ def _predict(arguments: argparse.Namespace, settings: Settings, say: Callable[[s
 
 
 def _evaluate(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
-    from wsimil.bags.labels import match_labels, read_labels
+    from wsimil.bags.labels import labels_of_rows, read_labels
     from wsimil.evaluation import read_predictions, write_evaluation
 
     path = Path(arguments.predictions)
@@ -341,8 +341,10 @@ def _evaluate(arguments: argparse.Namespace, settings: Settings, say: Callable[[
     labels = None
     if arguments.labels:
         table = read_labels(arguments.labels, settings.labels, group=settings.split.group)
-        labels = match_labels(table, predictions["slide_id"])[["slide_id", "patient", "label"]]
+        labels, others = labels_of_rows(table, predictions)
         labels = labels[labels["label"] != ""]
+        if others:
+            say(f"{others} rows of {arguments.labels} are of slides that were not predicted")
     metrics = write_evaluation(
         arguments.out,
         predictions,

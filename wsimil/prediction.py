@@ -1,8 +1,10 @@
 """From models and bags to predictions and tile scores, out of one forward pass.
 
-- A slide of the cohort is predicted only by the folds where it is in test; a new slide by the mean of all folds.
+- A slide of the cohort is predicted only by the folds where it is in test, a row of each; a new slide by the mean of all folds.
+- Slides of a patient that are one bag have one label: what is said of any of them, or an error where that is two things.
 - Slides without tiles, and slides that failed, have a row that says so: no slide is lost on the way to the metrics.
 - A slide that the encoder was pretrained on is marked in its row, so that whoever has only the table knows.
+- A model without the splits and labels of its run is a model of new slides alone.
 - Bags of another encoder than the model's are refused; tiles are filtered as the model's were, never otherwise.
 """
 
@@ -12,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,18 +24,19 @@ from wsimil.aggregators.packed import segment_softmax
 from wsimil.bags.bag import BagHeader, describe_encoder
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.filter import NO_FILTER
-from wsimil.bags.splits import read_splits, splits_hash
+from wsimil.bags.splits import COLUMNS, read_splits, splits_hash
 from wsimil.batch import BagBatch, BagOutput, pack
 from wsimil.config import FilterConfig, PredictConfig, Settings, save_settings
-from wsimil.errors import EncoderMismatchError, UsageError
-from wsimil.evaluation.table import SEEN
+from wsimil.errors import EncoderMismatchError, LabelsError, UsageError
+from wsimil.evaluation.table import ENSEMBLE, SEEN
 from wsimil.extraction.extract import resolve_device
 from wsimil.extraction.job import Row, slides_of_job
 from wsimil.files import atomic_path, file_sha256, hash_of, sweep_temporary_files
 from wsimil.hdf5 import Dataset, write_hdf5
 from wsimil.progress import progress
-from wsimil.task import Task, survival_of
+from wsimil.task import Task, agreed, survival_of
 from wsimil.training import TrainedModel, load_model
+from wsimil.training.model import differences
 
 __all__ = ["predict"]
 
@@ -58,10 +62,11 @@ def predict(
 
     Raises:
         UsageError: no finished model, or models and splits that do not belong together.
+        LabelsError: slides of one patient, to be predicted as one bag, with different labels.
         EncoderMismatchError: the bags are another encoder's.
     """
     config = config or PredictConfig()
-    run = _read_run(Path(model))
+    run = _read_run(Path(model), say)
     bag_folder = BagFolder(bags, filter=run.filter, cache_bytes=0)  # every slide is read once
     for remark in bag_folder.remarks:
         say(remark)
@@ -75,40 +80,44 @@ def predict(
     sweep_temporary_files(Path(out) / "scores")
     statuses = slides_of_job(bag_folder)
     rows: list[dict] = []
-    not_tested = 0
     groups = _groups(bag_folder, run, config)
-    for name, slide_ids in progress(list(groups.items()), "predict", unit=config.bag, quiet=quiet):
-        models, fold, split = run.models_for(slide_ids[0])
-        if not models:
-            not_tested += 1
-            continue
-        row = run.describe(slide_ids, bag_folder, statuses) | {"fold": fold, "split": split}
+    chosen = {name: run.models_for(slide_ids[0]) for name, slide_ids in groups.items()}
+    tested = [name for name in groups if any(chosen[name].values())]
+    described = {name: run.describe(groups[name], statuses) for name in tested}  # what is wrong there is said before the work
+    for name in progress(tested, "predict", unit=config.bag, quiet=quiet):
+        slide_ids, by_fold = groups[name], {fold: models for fold, models in chosen[name].items() if models}
+        row = described[name]
         if config.bag == "patient":
             row["slide_id"] = name
         if any(bag_folder.headers[slide_id].attributes.get("encoder_saw_slide") for slide_id in slide_ids):
             row[SEEN] = "1"
         filled = [slide_id for slide_id in slide_ids if bag_folder.n_valid(slide_id) > 0]
-        if not filled:
-            rows.append(row | {"status": "empty"})
-            continue
-        row |= _predict_one(bag_folder, filled, models, run.task, device, Path(out), name=name)
-        rows.append(row | {"status": "done"})
-    if not_tested:
-        say(f"{not_tested} slides are in no test fold of this model, so they are not predicted")
+        models = [model for own in by_fold.values() for model in own]
+        said = _predict_one(bag_folder, filled, models, run.task, device, Path(out), name=name) if filled else []
+        logits = iter(said)  # fold by fold, as the models
+        for fold, own in by_fold.items():
+            columns = _decoded([next(logits) for _ in own], own) if filled else {}
+            rows.append(row | columns | _side_of(fold) | {"status": "done" if filled else "empty"})
+    if len(tested) < len(groups):
+        say(f"{len(groups) - len(tested)} {config.bag}s are in no test fold of this model, so they are not predicted")
     for status in statuses.values():
         if status.status == "failed" and status.slide_id not in bag_folder.headers:
-            _, fold, split = run.models_for(status.slide_id)
-            rows.append(run.describe([status.slide_id], bag_folder, statuses) | {"fold": fold, "split": split, "status": "failed"})
+            row = run.describe([status.slide_id], statuses) | {"status": "failed"}
+            rows += [row | _side_of(fold) for fold in run.models_for(status.slide_id) or [""]]
     written = {slide_id for row in rows if row["status"] == "done" for slide_id in groups.get(row["slide_id"], [])}
     for path in (Path(out) / "scores").glob("*.h5"):
         if path.stem not in written:  # of an earlier prediction of other slides
             path.unlink()
     columns = _columns(run.task) + ([SEEN] if any(SEEN in row for row in rows) else [])
-    table = pd.DataFrame(rows, columns=columns).sort_values("slide_id", ignore_index=True)
+    table = pd.DataFrame(rows, columns=columns).sort_values("slide_id", ignore_index=True, kind="stable")
     save_settings(Path(out) / "config.yaml", Settings(predict=config), ["predict"])
     with atomic_path(Path(out) / "predictions.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
+        table.to_csv(temporary, index=False)  # every digit that is there: rounded, confident predictions would be ties
     return table
+
+
+def _side_of(fold: str) -> dict[str, str]:
+    return {"fold": fold, "split": "new" if fold == ENSEMBLE else "test"}
 
 
 def _columns(task: Task) -> list[str]:
@@ -137,37 +146,39 @@ class _Run:
     def filter(self) -> FilterConfig:
         return self.models[0].filter
 
-    def models_for(self, slide_id: str) -> tuple[list[TrainedModel], str, str]:
-        """Models that may predict a slide, the fold they stand for, and the slide's split: test or new."""
+    def models_for(self, slide_id: str) -> dict[str, list[TrainedModel]]:
+        """Fold → its models, of the folds that a slide is in test in; of a new slide `ensemble` → all."""
         mine = self.splits[self.splits["slide_id"] == slide_id]
         if mine.empty:
             if slide_id in self.labels.index and self.labels.loc[slide_id, "patient"] in set(self.splits["patient"]):
                 # an empty or failed slide of a patient who was trained on
                 mine = self.splits[self.splits["patient"] == self.labels.loc[slide_id, "patient"]]
             else:
-                return self.models, "ensemble", "new"
+                return {ENSEMBLE: self.models}
         folds = sorted(set(mine.loc[mine["split"] == "test", "fold"].tolist()))
-        chosen = [model for model in self.models if model.fold in folds]
-        return chosen, ";".join(map(str, folds)), "test"
+        return {str(fold): [model for model in self.models if model.fold == fold] for fold in folds}
 
-    def describe(self, slide_ids: list[str], bags: BagFolder, statuses: dict[str, Row]) -> dict[str, str]:
-        """What the table says of a slide, or of the slides of a patient."""
-        names, patient, label = [], slide_ids[0], ""
-        for slide_id in slide_ids:
-            known = slide_id in self.labels.index
-            names.append(
-                str(self.labels.loc[slide_id, "slide"]) if known else statuses[slide_id].slide if slide_id in statuses else slide_id
-            )
-            if known:
-                patient, label = str(self.labels.loc[slide_id, "patient"]), str(self.labels.loc[slide_id, "label"])
+    def describe(self, slide_ids: list[str], statuses: dict[str, Row]) -> dict[str, str]:
+        """What the table says of a slide, or of the slides of a patient.
+
+        Raises:
+            LabelsError: the labels of the patient's slides contradict each other.
+        """
+        known: Any = self.labels.loc[[slide_id for slide_id in slide_ids if slide_id in self.labels.index]]
+        given = known["slide"].to_dict()
+        names = [given.get(name) or (statuses[name].slide if name in statuses else name) for name in slide_ids]
+        patient = next(iter(known["patient"]), slide_ids[0])
+        try:
+            label = agreed(known["label"])
+        except LabelsError as error:
+            raise LabelsError(f"patient {patient}: {error} of its slides; one bag per patient has one label") from error
         row = {"slide": ";".join(names), "slide_id": slide_ids[0], "patient": patient, "label": self.task.hard_label(label)}
         if self.task.kind == "survival" and label:
-            time, event = survival_of(label)
-            row |= {"time": f"{time:.15g}", "event": str(int(event))}
+            row |= {"time": label.removesuffix("+"), "event": str(int(survival_of(label)[1]))}
         return row
 
 
-def _read_run(folder: Path) -> _Run:
+def _read_run(folder: Path, say: Callable[[str], None]) -> _Run:
     folders = (
         [folder] if (folder / "model.json").exists() else sorted(path.parent for path in folder.glob("fold*-seed*/model.json"))
     )
@@ -175,14 +186,8 @@ def _read_run(folder: Path) -> _Run:
         raise UsageError(f"{folder}: no finished model in it; `wsimil train` makes one")
     models = [load_model(path) for path in folders]
     root = folder.parent if folders == [folder] else folder
-    splits = read_splits(root / "splits.csv")
-    expected = splits_hash(splits)
+    _check_one_recipe(root, models)
     for model in models:
-        if model.splits_hash != expected:
-            raise UsageError(
-                f"{model.folder.name} was trained on other splits than {root / 'splits.csv'}; "
-                "its test slides cannot be told from its training slides: train again"
-            )
         if model.task.kind != models[0].task.kind or model.task.classes != models[0].task.classes:
             raise UsageError(
                 f"{model.folder.name} solves another task than {models[0].folder.name}; keep runs in folders of their own"
@@ -192,8 +197,38 @@ def _read_run(folder: Path) -> _Run:
                 f"{model.folder.name} learned from other tiles than {models[0].folder.name} (filter {_described(model.filter)}; "
                 f"{_described(models[0].filter)}); train both with one filter, or keep runs in folders of their own"
             )
+    if not (root / "splits.csv").exists() and not (root / "labels.csv").exists():
+        say(
+            f"{root} has no splits.csv and labels.csv: every slide is taken for a new one; "
+            "what is said of slides that the model was trained on is no result"
+        )
+        nobody = pd.DataFrame(columns=["slide_id", "slide", "patient", "label"], dtype=str)
+        return _Run(models, pd.DataFrame(columns=COLUMNS), nobody.set_index("slide_id"))
+    splits = read_splits(root / "splits.csv")
+    expected = splits_hash(splits)
+    for model in models:
+        if model.splits_hash != expected:
+            raise UsageError(
+                f"{model.folder.name} was trained on other splits than {root / 'splits.csv'}; its test slides cannot be told "
+                f"from its training slides: train it again, or delete {model.folder} if its fold or seed is no longer wanted"
+            )
     labels = pd.read_csv(root / "labels.csv", dtype=str, keep_default_na=False).set_index("slide_id")
     return _Run(models, splits, labels)
+
+
+def _check_one_recipe(root: Path, models: list[TrainedModel]) -> None:
+    """Raises UsageError if the models are of different aggregators or settings: their mean would be nobody's prediction."""
+    kinds: dict[str, list[TrainedModel]] = defaultdict(list)
+    for model in models:
+        kinds[hash_of(model.recipe)].append(model)
+    if len(kinds) > 1:
+        groups = list(kinds.values())
+        said = differences([group[0].recipe for group in groups])
+        named = [f"{', '.join(model.folder.name for model in group)} ({text})" for group, text in zip(groups, said, strict=True)]
+        raise UsageError(
+            f"{root} has models of different settings, which are not averaged: {'; '.join(named)}; "
+            "train one kind into another --out, or delete its folders"
+        )
 
 
 def _described(limits: FilterConfig) -> str:
@@ -227,8 +262,8 @@ def _groups(bags: BagFolder, run: _Run, config: PredictConfig) -> dict[str, list
 
 def _predict_one(
     bags: BagFolder, slide_ids: list[str], models: list[TrainedModel], task: Task, device: str, out: Path, *, name: str
-) -> dict:
-    """Predict slides as one bag of this name; write their tile scores; return the columns of the prediction."""
+) -> list[np.ndarray]:
+    """Predict slides as one bag of this name; write their tile scores, the mean over models; return each model's logits (1, C)."""
     batch = _one_bag([bags.load(slide_id) for slide_id in slide_ids]).to(device)
     with torch.inference_mode():
         outputs = [model.model(batch, explain=True) for model in models]
@@ -240,7 +275,7 @@ def _predict_one(
         mine = {score: values[rows] for score, values in scores.items()}
         _write_scores(out / "scores" / f"{slide_id}.h5", bags.headers[slide_id], keep, mine, models, bag=name)
         start = rows.stop
-    return _decoded([output.logits.float().cpu().numpy() for output in outputs], models)
+    return [output.logits.float().cpu().numpy() for output in outputs]
 
 
 def _decoded(logits: list[np.ndarray], models: list[TrainedModel]) -> dict:

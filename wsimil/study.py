@@ -86,11 +86,8 @@ def run_study(
 
     say("train: one model per fold and seed")
     run = out / "runs" / settings.train.aggregator
-    runs = train(bags, labels, run, splits=out / "splits.csv", settings=settings, quiet=quiet, say=say)
-    wanted = {path.name for path in runs}
+    train(bags, labels, run, splits=out / "splits.csv", settings=settings, quiet=quiet, say=say)
     models = {path.parent.name: file_sha256(path) for path in sorted(run.glob("fold*-seed*/model.safetensors"))}
-    for name in sorted(set(models) - wanted) if settings.train.fold == "all" else []:
-        say(f"{name} is of an earlier setting; it is left alone and takes part in predictions: delete {run / name} to leave it out")
 
     # test and new slides count here: a bag made anew is predicted anew
     content = [folder.fingerprint(slide_id) for slide_id in folder.slide_ids]

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from wsimil.errors import LabelsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["KINDS", "Task", "facts_of", "facts_text", "survival_of", "survival_text"]
+__all__ = ["KINDS", "Task", "agreed", "facts_of", "facts_text", "survival_of", "survival_text"]
 
 _CRITERIA = {
     "binary": ("cross_entropy",),
@@ -330,8 +330,8 @@ class Task:
             edge = np.ones((len(above), 1))
             return np.concatenate([edge, above], axis=1) - np.concatenate([above, 0 * edge], axis=1)
         if self.kind == "binary":
-            positive = np.exp(_log_sigmoid(scaled[:, 0]))
-            return np.stack([1.0 - positive, positive], axis=1)
+            logits = np.stack([-scaled[:, 0], scaled[:, 0]], axis=1)
+            return np.exp(_log_sigmoid(logits))  # 1 minus the other would be 0 long before it is
         shifted = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         return shifted / shifted.sum(axis=1, keepdims=True)
 
@@ -410,6 +410,32 @@ def facts_of(text: str) -> dict[str, float]:
 def facts_text(facts: Mapping[str, Any]) -> str:
     """The inverse of `facts_of`; what is None or empty is unknown and left out."""
     return ";".join(f"{name}={value}" for name, value in facts.items() if value is not None and value != "")
+
+
+def agreed(labels: Iterable[str]) -> str:
+    """The label of several slides of one patient: the one that is not empty, or all labels that are known of some slide.
+
+    Raises:
+        LabelsError: two that contradict each other.
+    """
+    said = {_meaning(label): label for label in labels if label}
+    several = list(said.values())
+    if len(several) < 2:
+        return several[0] if several else ""
+    facts: dict[str, str] = {}
+    for label in several:
+        parts = [part.rpartition("=") for part in label.split(";")]
+        if any(not equals or facts.setdefault(name, value) != value for name, equals, value in parts):
+            raise LabelsError(f"labels {' and '.join(map(repr, several))}")
+    return facts_text(facts)
+
+
+def _meaning(label: str) -> Any:
+    """What labels that are written differently have in common: `12.0+` and `12+` are one time."""
+    try:
+        return survival_of(label)
+    except LabelsError:
+        return label
 
 
 def survival_of(text: str) -> tuple[float, bool]:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 import pytest
 
-from wsimil.bags.labels import infer_task, match_labels, match_slides, read_labels, slide_ids_of
+from wsimil.bags.labels import infer_task, labels_of_rows, match_labels, match_slides, read_labels, slide_ids_of
 from wsimil.config import LabelsConfig
 from wsimil.errors import LabelsError
 from wsimil.files import slide_id_from_path
@@ -346,3 +346,30 @@ def test_tasks_that_must_be_asked_for(values, config, task):
 def test_tasks_that_cannot_be(values, config, said):
     with pytest.raises(LabelsError, match=said):
         infer_task(values, config)
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def predicted(*given: tuple[str, str, str]) -> pd.DataFrame:
+    return pd.DataFrame(given, columns=["slide", "slide_id", "patient"])
+
+
+def test_labels_of_slides_that_were_not_predicted_are_passed_over(table):
+    labels = read_labels(table("slide,label\nx/a.svs,1\ny/a.svs,0\n/mnt/b.svs,1\nc,0\n"), CONFIG)
+    found, others = labels_of_rows(labels, predicted(("x/a.svs", "x__a", "x/a.svs"), ("b.svs", "b", "b"), ("d.svs", "d", "d")))
+    assert rows(found[["slide_id", "label"]]) == [("b", "1"), ("x__a", "1")] and others == 2
+
+
+def test_rows_of_pooled_slides_have_the_label_of_their_patient(table):
+    content = "slide,patient,label\na,P1,\nb,P1,1\nc,P2,0\nd,P3,1\ne,P3,0\nf,f,0\ng,f,\n"
+    labels = read_labels(table(content), CONFIG)
+    given = [("a;b", "P1", "P1"), ("c", "P2", "P2"), ("f;g", "f", "f"), ("h", "h", "h")]
+    found, others = labels_of_rows(labels, predicted(*given))
+    assert sorted(rows(found)) == [("P1", "P1", "1"), ("P2", "P2", "0"), ("f", "f", "0")] and others == 2
+    with pytest.raises(LabelsError, match="patient P3: labels '1' and '0'"):
+        labels_of_rows(labels, predicted(("d;e", "P3", "P3")))
+    found, _ = labels_of_rows(labels, predicted(("d", "d", "P3"), ("e", "e", "P3")))  # slides, whose labels may differ
+    assert rows(found) == [("d", "P3", "1"), ("e", "P3", "0")]
+    with pytest.raises(LabelsError, match=r"slide 'a' .*none of the 1 slides"):
+        labels_of_rows(labels, predicted(("z", "z", "z")))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from wsimil.training import load_model, train
 from wsimil.training.dropout import ByteDropout, quicken_dropout
 from wsimil.training.goals import build_objective
 from wsimil.training.items import LabelledSlides, Steps, TileStore
-from wsimil.training.loop import Fitted, fit, learning_rate, resolve_precision
+from wsimil.training.loop import Fitted, _LastCheckpoint, fit, learning_rate, resolve_precision
 
 TASK = Task("binary", ("neg", "pos"))
 
@@ -90,6 +92,38 @@ def test_the_optimiser_is_the_one_asked_for(toy, tmp_path, optimizer, betas):
     for name, value in model.state_dict().items():
         if name != "inner.attend.score.bias":
             torch.testing.assert_close(ours.best_state[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 40, "patience": 2, "lr": 0.03}, {"epochs": 3}], ids=["patience", "epochs"])
+def test_a_run_killed_after_its_last_epoch_trains_no_further(toy, tmp_path, monkeypatch, changes):
+    config = TrainConfig(hidden=8, **changes)
+    monkeypatch.setattr("wsimil.training.loop._LastCheckpoint", partial(_LastCheckpoint, every_seconds=0.0))
+    calm = fitted(toy, tmp_path / "run", config)
+    again = fitted(toy, tmp_path / "run", config)
+    assert again.history == calm.history and again.best_epoch == calm.best_epoch and len(calm.history) < 40
+    assert all(torch.equal(value, again.best_state[name]) for name, value in calm.best_state.items())
+
+
+def test_epochs_are_all_kept_when_the_run_is_killed_while_they_are_moved(toy, tmp_path, monkeypatch):
+    config = TrainConfig(epochs=3, hidden=8, keep_epochs=True, fold="0")
+    settings = Settings(train=config, split=SplitConfig(folds=2))
+    replace, moved = os.replace, []
+
+    def killed(source, target):
+        if Path(source).stem.isdigit():  # not a temporary file
+            if moved:
+                raise KeyboardInterrupt
+            moved.append(source)
+        replace(source, target)
+
+    monkeypatch.setattr("wsimil.training.run.os.replace", killed)
+    monkeypatch.setattr("wsimil.training.loop._LastCheckpoint", partial(_LastCheckpoint, every_seconds=0.0))
+    with pytest.raises(KeyboardInterrupt):
+        train(toy, toy / "labels.csv", tmp_path, settings=settings, quiet=True)
+    monkeypatch.setattr("wsimil.training.run.os.replace", replace)
+    train(toy, toy / "labels.csv", tmp_path, settings=settings, quiet=True)
+    for epoch in ("000", "001", "002"):
+        load_model(tmp_path / "epochs" / epoch / "fold0-seed0")
 
 
 def test_every_epoch_that_is_kept_is_a_run(toy, tmp_path):

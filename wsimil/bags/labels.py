@@ -22,9 +22,9 @@ from wsimil.config import LabelsConfig, nearest
 from wsimil.errors import LabelsError
 from wsimil.files import slide_id_from_path, slide_name, strip_suffix
 from wsimil.table import Table, read_table, require_column
-from wsimil.task import Task, facts_of, facts_text, survival_of, survival_text
+from wsimil.task import Task, agreed, facts_of, facts_text, survival_of, survival_text
 
-__all__ = ["infer_task", "match_labels", "match_slides", "read_labels", "slide_ids_of"]
+__all__ = ["infer_task", "labels_of_rows", "match_labels", "match_slides", "read_labels", "slide_ids_of"]
 
 _MISSING = ("", "na", "n/a", "#n/a", "nan", "null")  # not "none": that is what some columns call their negative class
 _MAX_INTEGER_CLASSES = 20
@@ -157,6 +157,40 @@ def match_labels(labels: Table, slide_ids: Iterable[str]) -> Table:
     return _unique(labels.assign(slide_id=match_slides(labels["slide"], slide_ids)))
 
 
+def labels_of_rows(labels: Table, rows: Table) -> tuple[Table, int]:
+    """Columns `slide_id, patient, label` for the rows of a predictions table, and how many labels are of slides that are not in it.
+
+    A slide is found as in `match_slides`; a row of the pooled slides of a patient by the patient.
+
+    Raises:
+        LabelsError: no label is of a predicted slide, or two contradict each other.
+    """
+    ids = rows["slide_id"]
+    found = pd.Series(_found(labels["slide"], set(ids)), labels.index, dtype=object)
+    paths = labels["slide"].map(_path_of)
+    exact = (found == labels["slide"]) | (found == paths.map(slide_id_from_path))
+    # y/a.svs, which was not predicted, is not x/a.svs, which was
+    found = found.mask(~exact & found.isin(found[exact]) & paths.map(lambda path: len(path.parts) > 1), None)
+    if "patient" in rows:
+        several = rows["slide"].str.contains(";") if "slide" in rows else False
+        pooled = set(ids[(ids == rows["patient"]) & (several | ~ids.isin(found))])
+    else:
+        pooled = set()
+    of_patient = labels["patient"].isin(pooled)
+    of_slide = found.notna() & ~found.isin(pooled)
+    if not (of_patient | of_slide).any():
+        match_slides(labels["slide"], ids)  # says what is near
+    named = _unique(labels[of_slide].assign(slide_id=found[of_slide]))[["slide_id", "patient", "label"]]
+    parts = []
+    for patient, said in labels[of_patient].groupby("patient")["label"]:
+        try:
+            parts.append({"slide_id": patient, "patient": patient, "label": agreed(said)})
+        except LabelsError as error:
+            raise LabelsError(f"patient {patient}: {error} of its slides; one bag per patient has one label") from error
+    matched = pd.concat([named, pd.DataFrame(parts, columns=named.columns)], ignore_index=True)
+    return matched, int((~of_patient & ~of_slide).sum())
+
+
 def slide_ids_of(labels: Table) -> Table:
     """The table with a `slide_id` column made from the names alone, for when no slide is at hand; sorted by id.
 
@@ -189,24 +223,31 @@ def match_slides(names: Iterable[str], slide_ids: Iterable[str]) -> list[str]:
     Raises:
         LabelsError: a name that fits no slide, or several.
     """
-    known = set(slide_ids)
-    by_name: dict[str, list[str]] = defaultdict(list)
-    for slide_id in sorted(known):
-        by_name[slide_name(slide_id)].append(slide_id)
-    matched, unknown = [], []
-    for given in names:
-        path = _path_of(given)
-        found = [name for name in (given, str(path), slide_id_from_path(path)) if name in known][:1]
-        found = found or by_name.get(path.name, [])
-        if len(found) > 1:
-            raise LabelsError(f"slide {given!r} of the table could be {', '.join(found)}; name it by its id")
-        (matched if found else unknown).append(found[0] if found else given)
+    known, names = set(slide_ids), list(names)
+    matched = _found(names, known)
+    unknown = [given for given, found in zip(names, matched, strict=True) if found is None]
     if unknown:
         others = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise LabelsError(
             f"slide {unknown[0]!r}{others} of the table is none of the {len(known)} slides"
             f"{nearest(_path_of(unknown[0]).name, sorted(known))}; correct the name, or take the row out"
         )
+    return [found for found in matched if found is not None]
+
+
+def _found(names: Iterable[str], known: set[str]) -> list[str | None]:
+    """As `match_slides`, None where a name fits no slide."""
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for slide_id in sorted(known):
+        by_name[slide_name(slide_id)].append(slide_id)
+    matched = []
+    for given in names:
+        path = _path_of(given)
+        found = [name for name in (given, str(path), slide_id_from_path(path)) if name in known][:1]
+        found = found or by_name.get(path.name, [])
+        if len(found) > 1:
+            raise LabelsError(f"slide {given!r} of the table could be {', '.join(found)}; name it by its id")
+        matched.append(found[0] if found else None)
     return matched
 
 

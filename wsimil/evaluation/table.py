@@ -23,7 +23,7 @@ import pandas as pd
 from wsimil.errors import LabelsError, UsageError
 from wsimil.task import Task, facts_of, survival_of
 
-__all__ = ["ENSEMBLE", "KINDS", "SEEN", "Predictions", "check_predictions", "read_predictions"]
+__all__ = ["ENSEMBLE", "KINDS", "SEEN", "Predictions", "check_predictions", "mean_over_folds", "read_predictions"]
 
 KINDS = ("binary", "multiclass", "multilabel", "ordinal", "regression", "proportion", "survival")
 
@@ -91,6 +91,26 @@ def read_predictions(path: str | os.PathLike[str]) -> pd.DataFrame:
             except ValueError as error:
                 raise UsageError(f"{path}: column {column}: {error}") from error
     return table
+
+
+def mean_over_folds(table: Any) -> pd.DataFrame:
+    """One row for each slide, to look at: where several folds tested it, the mean of their numbers and what that decides."""
+    repeated = table["slide_id"].duplicated(keep=False)
+    if not repeated.any():
+        return table
+    kind, classes = _task(table, None, None, None)
+    numbers = [name for name in table if name.startswith((_PREFIX, _SURVIVAL_PREFIX)) or name in ("value", "risk", "threshold")]
+    rows: list[dict[str, Any]] = table[~repeated].to_dict("records")
+    for _, several in table[repeated].groupby("slide_id"):
+        mean = several[numbers].mean().to_dict()
+        row = several.iloc[0].to_dict() | mean
+        if "fold" in row:
+            row["fold"] = ";".join(several["fold"])
+        if classes and row["status"] == "done":
+            chances = np.array([[mean[_PREFIX + name] for name in classes]])
+            row["prediction"] = Task(kind, classes).decided(chances, mean.get("threshold", 0.5))[0]
+        rows.append(row)
+    return pd.DataFrame(rows, columns=table.columns).sort_values("slide_id", ignore_index=True)
 
 
 def check_predictions(

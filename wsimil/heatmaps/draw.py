@@ -65,11 +65,12 @@ def draw_heatmaps(
         UsageError: no predictions, no scores or no slides.
         WsimilError: readers cannot be started, or the folder can hold no more.
     """
-    from wsimil.evaluation.table import read_predictions  # pandas: not for the readers, who pass through this module
+    # pandas: not for the readers, who pass through this module
+    from wsimil.evaluation.table import mean_over_folds, read_predictions
 
     config, job = config or HeatmapConfig(), job or JobConfig()
     predictions, out = Path(predictions), Path(out)
-    table = read_predictions(predictions / "predictions.csv")
+    table = mean_over_folds(read_predictions(predictions / "predictions.csv"))  # as the tile scores are
     rows: dict[str, dict[str, Any]] = {row["slide_id"]: row for row in table.to_dict("records")}
     scores = sorted(path for path in (predictions / "scores").glob("*.h5") if not path.name.startswith("."))
     if not scores:

@@ -1,6 +1,7 @@
 """`report.html`: a page that opens from the disk, with no server and nothing from the network.
 
-- It shows what the stages wrote and computes nothing: every number stands in `metrics.json` or `predictions.csv`.
+- It shows what the stages wrote and computes nothing: every number stands in `metrics.json` or `predictions.csv`, or is the
+  mean of a slide's rows there.
 - Names of slides and classes are data: they are escaped.
 """
 
@@ -14,7 +15,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from wsimil.errors import UsageError
-from wsimil.evaluation.table import read_predictions
+from wsimil.evaluation.table import mean_over_folds, read_predictions
 from wsimil.files import read_json, write_text
 
 __all__ = ["write_report"]
@@ -40,7 +41,7 @@ def write_report(study: str | Path) -> Path:
     study = Path(study)
     try:
         metrics = read_json(study / "evaluation" / "metrics.json")
-        predictions = read_predictions(study / "predictions" / "predictions.csv")
+        predictions = mean_over_folds(read_predictions(study / "predictions" / "predictions.csv"))
     except OSError as error:
         raise UsageError(f"{study}: {error.filename} is missing; `wsimil run` makes a whole study") from error
     body = [

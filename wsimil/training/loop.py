@@ -175,7 +175,7 @@ class Loop(lightning.LightningModule):
                 with atomic_path(self.keep / f"{self.current_epoch}.safetensors") as temporary:
                     save_file(state, temporary)
         self.history.append({"epoch": self.current_epoch, "train_loss": train_loss, "val_loss": val_loss})
-        if self.current_epoch - self.best_epoch >= self.config.patience:
+        if _has_patience_ended(self.current_epoch, self.best_epoch, self.config):
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -193,6 +193,10 @@ class Loop(lightning.LightningModule):
         torch.set_rng_state(kept["rng"])
         for state in kept.get("cuda", []) if self.device.type == "cuda" else []:  # dropout on a GPU is tossed there
             torch.cuda.set_rng_state(state.cpu(), self.device)
+
+
+def _has_patience_ended(epoch: float, best_epoch: int, config: TrainConfig) -> bool:
+    return epoch - best_epoch >= config.patience
 
 
 def _pieces(batch: Any) -> Sequence[Any]:
@@ -262,8 +266,12 @@ def fit(
     if device == "cpu":
         quicken_dropout(model)
     last = run / "last.ckpt"
-    if last.exists():  # Lightning draws the first step before it tells the loader which epoch it is
-        steps.set_epoch(len(torch.load(last, map_location="cpu", weights_only=True)["wsimil"]["history"]))
+    if last.exists():
+        kept = torch.load(last, map_location="cpu", weights_only=True)["wsimil"]
+        before = Fitted(kept["best_state"], kept["best_epoch"], kept["history"])
+        if len(before.history) >= config.epochs or _has_patience_ended(before.history[-1]["epoch"], before.best_epoch, config):
+            return before  # Lightning knows that only after another epoch, which could be a better one
+        steps.set_epoch(len(before.history))  # Lightning draws the first step before it tells the loader which epoch it is
     with _quiet_lightning():
         trainer = lightning.Trainer(
             max_epochs=config.epochs,

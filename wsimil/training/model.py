@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,30 @@ from safetensors.torch import load_file
 
 from wsimil.aggregators import Standardized, make_aggregator
 from wsimil.batch import Aggregator
-from wsimil.config import FilterConfig
+from wsimil.config import FilterConfig, TrainConfig
 from wsimil.errors import ConfigError, UsageError
 from wsimil.files import read_json
 from wsimil.task import Task
 
-__all__ = ["MODEL_FORMAT", "TrainedModel", "build_aggregator", "load_model"]
+__all__ = ["MODEL_FORMAT", "TrainedModel", "build_aggregator", "differences", "load_model", "recipe"]
 
 MODEL_FORMAT = 1
+
+_NOT_OF_THE_RECIPE = ("seed", "seeds", "fold", "device", "devices", "memory_gb", "precision", "stack", "keep_epochs")
+"""Settings that say which model of a run it is, and where and how it was computed: folds trained on two machines are one run."""
+
+
+def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that models must share to be averaged, from the `config` of their `model.json`."""
+    settings = asdict(TrainConfig()) | dict(config)  # models older than a setting had its default
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    return {key: value for key, value in plain.items() if key not in _NOT_OF_THE_RECIPE}
+
+
+def differences(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each of these recipes has that is not in all of them, as text."""
+    keys = [key for key in recipes[0] if any(one.get(key) != recipes[0][key] for one in recipes)]
+    return [", ".join(f"{key} {one.get(key)}" for key in keys) for one in recipes]
 
 
 def build_aggregator(content: Mapping[str, Any], task: Task) -> Aggregator:
@@ -54,6 +70,10 @@ class TrainedModel:
     splits_hash: str
     folder: Path
     content: dict[str, Any]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return recipe(self.content.get("config", {}))
 
 
 def load_model(run: str | Path) -> TrainedModel:

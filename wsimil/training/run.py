@@ -1,4 +1,8 @@
-"""Runs: one model per fold and seed, in a folder of its own; what is finished with the same settings and data is kept."""
+"""Runs: one model per fold and seed, in a folder of its own; what is finished with the same settings and data is kept.
+
+- The data of a model are its training and validation slides: a change of its test slides, or of other folds, leaves it trained.
+- Models in the folder that are not of the plan are left alone, and said.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ from wsimil.training.cohort import Cohort, check_not_seen, prepare_cohort
 from wsimil.training.goals import build_objective
 from wsimil.training.items import LabelledSlides, TileStore, free_bytes
 from wsimil.training.loop import EPOCHS, Fitted, fit, resolve_precision
-from wsimil.training.model import MODEL_FORMAT, build_aggregator
+from wsimil.training.model import MODEL_FORMAT, build_aggregator, differences, recipe
 from wsimil.training.ranks import ALONE, Ranks, devices_of, run_ranks
 from wsimil.training.stacked import Member, fit_stacked, unstackable
 
@@ -96,6 +100,8 @@ def train(
         for fold in folds
         for seed in seeds
     ]
+    for line in _not_planned(out, plans, cohort):
+        say(line)
     if _are_stacked(plans, config, device):
         lines = _train_stacked(out, plans, _store(bag_folder, plans, config, device), cohort, settings, device)
     elif config.devices > 1:
@@ -106,6 +112,31 @@ def train(
         if not quiet:
             say(line)
     return [plan.folder for plan in plans]
+
+
+def _not_planned(out: Path, plans: list[_Plan], cohort: Cohort) -> Iterator[str]:
+    """A line about each model in the folder that is of another plan. Other folds of the same plan are expected with --fold."""
+    planned, folds = {plan.folder for plan in plans}, set(cohort.splits["fold"])
+    ours, expected = recipe(asdict(plans[0].config)), splits_hash(cohort.splits)
+    for folder in sorted({path.parent for path in out.glob("fold*-seed*/model.json")} - planned):
+        try:
+            content = read_json(folder / "model.json")
+        except (OSError, ValueError):
+            continue
+        theirs = recipe(content.get("config", {}))
+        if content["fold"] not in folds:
+            wrong, way_out = f"the splits have no fold {content['fold']} any more", f"delete {folder}"
+        elif theirs != ours:
+            wrong = f"it has other settings ({differences([theirs, ours])[0]})"
+            way_out = f"delete {folder}, or train into another --out"
+        elif content["splits_hash"] != expected:
+            wrong, way_out = "its splits were others, and it is not trained now", f"train it too, or delete {folder}"
+        elif content["fold"] in {plan.fold for plan in plans}:
+            yield f"{folder.name}: it is of another seed, and takes part in predictions; delete {folder} to leave it out"
+            continue
+        else:
+            continue
+        yield f"{folder.name}: {wrong}, so predictions will refuse it; {way_out}"
 
 
 def _describe_filter(bags: BagFolder) -> str:
@@ -188,7 +219,7 @@ def _train_stacked(
     plans = [replace(plan, key=hash_of([plan.key, together]), stack=len(plans)) for plan in plans]
     found = [_finished(plan) for plan in plans]
     if all(found):
-        yield from (_already(plan, done) for plan, done in zip(plans, found, strict=True) if done)
+        yield from (_already(plan, done, cohort) for plan, done in zip(plans, found, strict=True) if done)
         return
     for plan in plans:
         _begin(plan, settings)
@@ -205,7 +236,17 @@ def _train_stacked(
     last.unlink(missing_ok=True)
 
 
-def _already(plan: _Plan, done: dict[str, Any]) -> str:
+def _already(plan: _Plan, done: dict[str, Any], cohort: Cohort) -> str:
+    """A line about a model that is kept.
+
+    Its key says that it learned from the very slides that these splits give it to learn from. Where the rest of the splits has
+    changed, the model takes their hash: no slide that they call its test slide was learned from.
+    """
+    if done["splits_hash"] != (current := splits_hash(cohort.splits)):
+        for path in plan.folder.parent.glob(f"{EPOCHS}/*/{plan.folder.name}/model.json"):
+            _copy_tables(plan, path.parent.parent)
+            write_json(path, read_json(path) | {"splits_hash": current})
+        write_json(plan.folder / "model.json", done | {"splits_hash": current})  # last: until then it is done again
     return f"{plan.folder.name}: already trained (epoch {done['best_epoch']}, validation loss {done['val_loss']:.3f})"
 
 
@@ -217,7 +258,7 @@ def _train_each(
     for plan in plans:
         if ranks.count == 1:  # of several, the run has seen to it
             if (done := _finished(plan)) is not None:
-                yield _already(plan, done)
+                yield _already(plan, done, cohort)
                 continue
             _begin(plan, settings)
         config, slides = plan.config, _slides(plan, store)
@@ -240,7 +281,7 @@ def _train_shared(plans: list[_Plan], bags: BagFolder, cohort: Cohort, settings:
     waiting = []
     for plan in plans:
         if (done := _finished(plan)) is not None:
-            yield _already(plan, done)
+            yield _already(plan, done, cohort)
         else:
             _begin(plan, settings)
             waiting.append(plan)
@@ -336,19 +377,24 @@ def _finish(plan: _Plan, store: TileStore, cohort: Cohort, fitted: Fitted, devic
 
 def _publish_epochs(plan: _Plan, content: dict[str, Any]) -> None:
     """Make runs of the epochs that were kept: `epochs/<epoch>/fold<k>-seed<s>/` beside the folds, with nothing calibrated."""
-    for old in plan.folder.parent.glob(f"{EPOCHS}/*/{plan.folder.name}"):  # of the model that this one replaces
-        shutil.rmtree(old)
+    for old in plan.folder.parent.glob(f"{EPOCHS}/*/{plan.folder.name}"):
+        if _key_of(old) != plan.key:  # of the model that this one replaces, not this one's before it was killed here
+            shutil.rmtree(old)
     for weights in sorted((plan.folder / EPOCHS).glob("*.safetensors")):
         run = plan.folder.parent / EPOCHS / f"{int(weights.stem):03d}"
         own = run / plan.folder.name
         own.mkdir(parents=True, exist_ok=True)
-        for table in ("splits.csv", "labels.csv"):
-            shutil.copyfile(plan.folder.parent / table, run / table)
-        os.replace(weights, own / "model.safetensors")
+        _copy_tables(plan, run)
         threshold = None if content["threshold"] is None else 0.5
         write_json(own / "model.json", content | {"best_epoch": int(weights.stem), "threshold": threshold, "temperature": 1.0})
+        os.replace(weights, own / "model.safetensors")  # last: what has gone from there is a run here
     if (plan.folder / EPOCHS).is_dir():
         (plan.folder / EPOCHS).rmdir()
+
+
+def _copy_tables(plan: _Plan, run: Path) -> None:
+    for table in ("splits.csv", "labels.csv"):
+        shutil.copyfile(plan.folder.parent / table, run / table)
 
 
 def _number(value: Any) -> float | None:
@@ -356,11 +402,16 @@ def _number(value: Any) -> float | None:
 
 
 def _finished(plan: _Plan) -> dict[str, Any] | None:
+    done = _key_of(plan.folder) == plan.key and (plan.folder / "model.safetensors").exists()
+    return read_json(plan.folder / "model.json") if done else None
+
+
+def _key_of(run: Path) -> str | None:
+    """The key of a model, if there is one that can be read."""
     try:
-        content = read_json(plan.folder / "model.json")
+        return read_json(run / "model.json").get("key")
     except (OSError, ValueError):
         return None
-    return content if content.get("key") == plan.key and (plan.folder / "model.safetensors").exists() else None
 
 
 def _logits(model: Aggregator, slides: LabelledSlides, device: str) -> np.ndarray:

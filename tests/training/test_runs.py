@@ -1,0 +1,94 @@
+"""Runs that share a folder: what is averaged is of one kind, and what is trained stays trained when only others' slides change."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from wsimil.config import Settings, SplitConfig, TrainConfig
+from wsimil.errors import UsageError
+from wsimil.prediction import predict
+from wsimil.training import load_model, train
+from wsimil.training.model import recipe
+
+QUICK = TrainConfig(epochs=1, hidden=8, device="cpu")
+
+
+def trained(toy: Path, out: Path, *, folds: int = 2, labels: Path | None = None, **changes) -> list[str]:
+    """What is said."""
+    said: list[str] = []
+    test = "official" if labels else None
+    settings = Settings(train=replace(QUICK, **changes), split=SplitConfig(folds=folds, test=test))
+    train(toy, labels or toy / "labels.csv", out, settings=settings, say=said.append)
+    return said
+
+
+def test_models_of_different_settings_are_not_averaged(toy, tmp_path):
+    trained(toy, tmp_path / "run", aggregator="abmil", seeds=2)
+    said = trained(toy, tmp_path / "run", aggregator="max_pool")
+    remarks = [line for line in said if "predictions will refuse it" in line]
+    assert len(remarks) == 2 and all("fold" in line and "-seed1" in line and "aggregator abmil" in line for line in remarks)
+    two = r"fold0-seed0, fold1-seed0 \(aggregator max_pool\); fold0-seed1, fold1-seed1 \(aggregator abmil\)"
+    with pytest.raises(UsageError, match=two):
+        predict(toy, tmp_path / "run", tmp_path / "out", quiet=True)
+    for fold in (0, 1):
+        shutil.rmtree(tmp_path / "run" / f"fold{fold}-seed1")
+    predict(toy, tmp_path / "run", tmp_path / "out", quiet=True)
+
+
+def test_folds_trained_by_themselves_and_elsewhere_are_one_run(toy, tmp_path):
+    trained(toy, tmp_path / "run", fold="0", precision="bf16", memory_gb=1.0)
+    assert not any("fold0" in line for line in trained(toy, tmp_path / "run", fold="1", seeds=2) if "fold1" not in line)
+    assert len(predict(toy, tmp_path / "run", tmp_path / "out", quiet=True)) == 24
+    assert any("takes part in predictions" in line for line in trained(toy, tmp_path / "run"))
+    assert recipe({"aggregator": "abmil"}) == recipe({**vars(TrainConfig(aggregator="abmil")), "seed": 3})  # of an older wsimil
+
+
+@pytest.mark.parametrize("stack", ["on", "off"])
+def test_a_test_slide_that_arrives_late_is_predicted_by_the_model_that_is_there(toy, tmp_path, stack):
+    bags = tmp_path / "features_toy"
+    shutil.copytree(toy / "features_toy", bags)
+    table = pd.read_csv(toy / "labels.csv").assign(official=["test"] * 6 + ["train"] * 18)
+    table.to_csv(tmp_path / "all.csv", index=False)
+    table.iloc[1:].to_csv(tmp_path / "some.csv", index=False)
+    late = bags / "s00.h5"
+    late.rename(tmp_path / "late.h5")
+    keep = {"keep_epochs": True} if stack == "off" else {}
+    trained(bags, tmp_path / "run", labels=tmp_path / "some.csv", stack=stack, **keep)
+    before = (tmp_path / "run/fold0-seed0/model.safetensors").stat().st_mtime_ns
+    (tmp_path / "late.h5").rename(late)
+    said = trained(bags, tmp_path / "run", labels=tmp_path / "all.csv", stack=stack, **keep)
+    assert "already trained" in said[-1] and (tmp_path / "run/fold0-seed0/model.safetensors").stat().st_mtime_ns == before
+    for run in [tmp_path / "run", *(tmp_path / "run").glob("epochs/*")]:
+        rows = predict(bags, run, tmp_path / "out", quiet=True)
+        assert set(rows["slide_id"]) == {f"s{number:02}" for number in range(6)} and set(rows["split"]) == {"test"}
+    # a training slide that becomes a test slide is another matter
+    table.assign(official=["test"] * 7 + ["train"] * 17).to_csv(tmp_path / "all.csv", index=False)
+    said = trained(bags, tmp_path / "run", labels=tmp_path / "all.csv", stack=stack, **keep)
+    assert not any("already trained" in line for line in said)
+    assert load_model(tmp_path / "run/fold0-seed0").content["n_train"] < 15
+
+
+def test_a_fold_that_is_gone_is_named(toy, tmp_path):
+    trained(toy, tmp_path / "run", folds=3)
+    said = trained(toy, tmp_path / "run", folds=2)
+    assert any(line.startswith("fold2-seed0: the splits have no fold 2 any more") for line in said)
+    with pytest.raises(UsageError, match=r"fold2-seed0 was trained on other splits .* or delete .*fold2-seed0"):
+        predict(toy, tmp_path / "run", tmp_path / "out", quiet=True)
+
+
+def test_a_model_that_was_taken_elsewhere_predicts_new_slides(toy, tmp_path):
+    trained(toy, tmp_path / "run", fold="0")
+    shutil.copytree(tmp_path / "run/fold0-seed0", tmp_path / "elsewhere/fold0-seed0")
+    for model in (tmp_path / "elsewhere", tmp_path / "elsewhere/fold0-seed0"):
+        said: list[str] = []
+        rows = predict(toy, model, tmp_path / "out", quiet=True, say=said.append)
+        assert len(rows) == 24 and set(rows["split"]) == {"new"} and set(rows["label"]) == {""}
+        assert len(said) == 1 and "no splits.csv and labels.csv: every slide is taken for a new one" in said[0]
+    (tmp_path / "run/splits.csv").rename(tmp_path / "elsewhere/splits.csv")
+    with pytest.raises(UsageError, match=r"splits\.csv"):  # labels, but nobody knows whose test slides they are of
+        predict(toy, tmp_path / "run", tmp_path / "out", quiet=True)

@@ -1,0 +1,147 @@
+"""A predictions table and the labels that it is measured against: of slides, of pooled patients, of a part of the cohort."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from toy_bags import write_cohort
+
+from wsimil.cli import main
+from wsimil.config import PredictConfig, Settings, SplitConfig, TrainConfig
+from wsimil.errors import LabelsError
+from wsimil.evaluation import evaluate_predictions
+from wsimil.evaluation.table import mean_over_folds, read_predictions
+from wsimil.files import atomic_path
+from wsimil.hdf5 import read_attributes
+from wsimil.prediction import _decoded, predict
+from wsimil.task import Task
+from wsimil.training import load_model, train
+
+POOLED = PredictConfig(bag="patient")
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 slides, two a patient; models of the first of three folds; predictions of slides and of patients."""
+    folder = write_cohort(tmp_path_factory.mktemp("predictions"))
+    table = pd.read_csv(folder / "labels.csv")
+    table["patient"] = [f"p{number // 4}{number % 2}" for number in range(24)]
+    table.to_csv(folder / "labels.csv", index=False)
+    config = TrainConfig(epochs=8, lr=0.02, hidden=8, device="cpu", fold="0", stack="off")
+    settings = Settings(train=config, split=SplitConfig(folds=3))
+    train(folder, folder / "labels.csv", folder / "run", settings=settings, quiet=True)
+    predict(folder, folder / "run", folder / "slides", quiet=True)
+    predict(folder, folder / "run", folder / "patients", config=POOLED, quiet=True)
+    return folder
+
+
+@pytest.fixture
+def label_of(cohort: Path):
+    """Changes labels in the table that the run keeps, and puts it back."""
+    path = cohort / "run/labels.csv"
+    before = path.read_bytes()
+
+    def change(**labels: str) -> None:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False).set_index("slide_id", drop=False)
+        for name, label in labels.items():
+            table.loc[name, "label"] = label
+        with atomic_path(path) as temporary:
+            table[["slide", "patient", "site", "label", "slide_id"]].to_csv(temporary, index=False)
+
+    yield change
+    path.write_bytes(before)
+
+
+def slides_of_a_patient(cohort: Path) -> tuple[str, str, str]:
+    row = read_predictions(cohort / "patients/predictions.csv").iloc[0]
+    one, other = row["slide"].split(";")
+    return row["slide_id"], one, other
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_patient_has_the_label_of_any_of_its_slides(cohort, tmp_path, label_of, without):
+    patient, *slides = slides_of_a_patient(cohort)
+    label_of(**{slides[without]: ""})
+    rows = predict(cohort, cohort / "run", tmp_path, config=POOLED, quiet=True).set_index("slide_id")
+    assert rows.loc[patient, "label"] == read_predictions(cohort / "patients/predictions.csv")["label"].iloc[0] != ""
+
+
+def test_slides_of_one_patient_that_contradict_each_other_are_an_error_before_any_work(cohort, tmp_path, label_of):
+    patient, one, other = slides_of_a_patient(cohort)
+    label_of(**{one: "pos", other: "neg"})
+    with pytest.raises(LabelsError, match=f"patient {patient}: labels 'pos' and 'neg' of its slides"):
+        predict(cohort, cohort / "run", tmp_path, config=POOLED, quiet=True)
+    assert not list(tmp_path.glob("scores/*.h5"))
+    predict(cohort, cohort / "run", tmp_path, quiet=True)  # slides may differ
+
+
+@pytest.mark.parametrize("kind", ["slides", "patients"])
+def test_the_table_of_the_whole_cohort_measures_what_was_predicted_of_it(cohort, tmp_path, capsys, kind):
+    command = ["evaluate", str(cohort / kind), "--out", str(tmp_path), "--bootstrap", "0", "--json"]
+    assert main([*command, "--labels", str(cohort / "labels.csv")]) == 0
+    said = capsys.readouterr()
+    assert "labels.csv are of slides that were not predicted" in said.err and said.err.count("\n") == 1
+    own = evaluate_predictions(read_predictions(cohort / kind / "predictions.csv"), n_bootstrap=0)
+    assert json.loads(said.out)["pooled"]["metrics"] == own["pooled"]["metrics"]
+    assert json.loads(said.out)["n_evaluated"] == own["n_evaluated"] > 3
+    (tmp_path / "other.csv").write_text("slide,label\nS00.svs,pos\nt0,neg\n")
+    assert main([*command, "--labels", str(tmp_path / "other.csv")]) == 2
+    assert "slide 'S00.svs' (and 1 more) of the table is none of the" in capsys.readouterr().err
+
+
+def test_every_digit_of_a_prediction_comes_back(cohort, tmp_path):
+    rows = predict(cohort, cohort / "run", tmp_path, quiet=True)
+    table = read_predictions(tmp_path / "predictions.csv")
+    for column in ("prob_pos", "prob_neg", "threshold"):
+        assert np.array_equal(table[column], rows[column])
+
+
+def test_confident_predictions_are_no_ties(cohort):
+    """Whichever class is called positive."""
+    model = load_model(cohort / "run/fold0-seed0")
+    logits = np.array([17.0, 17.5, 18.0, 25.0], np.float32)
+    rows = [_decoded([np.array([[logit]])], [model]) for logit in logits]
+    for name in model.task.classes:
+        assert len({row[f"prob_{name}"] for row in rows}) == len(rows)
+    smaller = Task("binary", ("neg", "pos")).probabilities(np.array([[-60.0], [60.0]]))
+    assert smaller[0, 1] == smaller[1, 0] == pytest.approx(np.exp(-60.0))
+
+
+def test_a_slide_that_two_folds_tested_has_a_row_of_each_and_one_map(cohort, tmp_path):
+    """As with Monte-Carlo splits: a test set in two folds, with other training slides; s00 is in test in one of them."""
+    names, rows = [f"s{number:02}" for number in range(24)], ["fold,slide_id,patient,site,split"]
+    for fold in (0, 1):
+        tests = names[fold:8]
+        sides = ["test" if name in tests else "val" if number % 3 == fold else "train" for number, name in enumerate(names)]
+        rows += [f"{fold},{name},{name},,{side}" for name, side in zip(names, sides, strict=True)]
+    (tmp_path / "splits.csv").write_text("\n".join(rows))
+    labels = pd.read_csv(cohort / "labels.csv").drop(columns="patient")
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    config = TrainConfig(epochs=2, hidden=8, device="cpu", seeds=2)
+    settings = Settings(train=config)
+    train(cohort, tmp_path / "labels.csv", tmp_path / "run", splits=tmp_path / "splits.csv", settings=settings, quiet=True)
+    both = predict(cohort, tmp_path / "run", tmp_path / "both", quiet=True)
+    assert Counter(both["slide_id"]) == {name: 1 + (name != "s00") for name in names[:8]} and set(both["fold"]) == {"0", "1"}
+    for fold in (0, 1):  # what the fold alone says
+        alone = tmp_path / f"fold{fold}"
+        shutil.copytree(tmp_path / "run", alone)
+        for seed in (0, 1):
+            shutil.rmtree(alone / f"fold{1 - fold}-seed{seed}")
+        own = predict(cohort, alone, tmp_path / "alone", quiet=True)
+        pd.testing.assert_frame_equal(own, both[both["fold"] == str(fold)].reset_index(drop=True))
+    table = read_predictions(tmp_path / "both/predictions.csv")
+    metrics = evaluate_predictions(table, n_bootstrap=20)
+    assert set(metrics["folds"]) == {"0", "1"} and metrics["folds"]["1"]["n_slides"] == 7 and metrics["n_slides"] == 8
+    shown = mean_over_folds(table)
+    assert shown["slide_id"].tolist() == names[:8] and set(shown["fold"]) == {"0", "0;1"}
+    mean = table[table["slide_id"] == "s03"][["prob_pos", "threshold"]].mean()
+    row = shown.set_index("slide_id").loc["s03"]
+    assert row["prob_pos"] == mean["prob_pos"]
+    assert row["prediction"] == ("pos" if mean["prob_pos"] >= mean["threshold"] else "neg")
+    assert len(read_attributes(tmp_path / "both/scores/s03.h5")["models"]) == 4
