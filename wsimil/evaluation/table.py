@@ -53,7 +53,7 @@ class Predictions:
     event: np.ndarray  # (n,) bool, survival: the event happened; else False
     score: np.ndarray  # (n, classes) probabilities; (n,) value or risk
     predicted: np.ndarray  # (n,) class index, (n, L) of several labels; zeros without classes
-    threshold: np.ndarray  # (n,) of the binary decision; NaN where the table does not say
+    threshold: np.ndarray  # (n,) of the binary decision, on the positive class; NaN where the table does not say
     survival: np.ndarray  # (n, H) chance of being without the event at the horizons
     horizons: tuple[float, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)  # slides of the whole table by what became of them
@@ -275,7 +275,10 @@ def _arrays(rows: Any, kind: str, classes: tuple[str, ...], counts: dict[str, in
         label = _class_indices(rows, "label", classes)
         score = rows[[_PREFIX + name for name in classes]].to_numpy(dtype=np.float64)
         if kind == "binary":
-            predicted = (score[:, 1] >= np.where(np.isnan(threshold), 0.5, threshold)).astype(np.int64)
+            # the threshold is of the table's own positive class, its second column, whichever is asked for
+            own = int(rows.columns.get_loc(_PREFIX + classes[1]) > rows.columns.get_loc(_PREFIX + classes[0]))
+            predicted = np.where(score[:, own] >= np.where(np.isnan(threshold), 0.5, threshold), own, 1 - own)
+            threshold = threshold if own else 1 - threshold
         elif kind == "ordinal":  # the median grade
             predicted = (np.cumsum(score, axis=1)[:, :-1] < 0.5).sum(axis=1)
         else:
