@@ -288,6 +288,11 @@ class TrainConfig:
         _require(good, f"train.betas is {list(self.betas)}; expected two numbers, each 0 up to 1")
         for key in ("tiles_per_step", "tiles_per_bag", "clip_norm", "memory_gb"):
             _require(getattr(self, key) >= 0, f"train.{key} is {getattr(self, key)}; expected 0 or more")
+        _require(
+            not (self.tiles_per_step and self.sampling == "risk_set"),
+            "train.sampling is risk_set, an event in every step of bags_per_step slides, and train.tiles_per_step makes steps of any "
+            "number of slides; set one of the two",
+        )
         _require(0 <= self.instance_dropout < 1, f"train.instance_dropout is {self.instance_dropout}; expected 0 up to 1")
         for key in ("aggregator_options", "objective_options"):
             if isinstance(getattr(self, key), str):  # one option is as good as a list of one

@@ -8,7 +8,7 @@ import pytest
 
 from wsimil.cli import main
 from wsimil.config import LabelsConfig, Settings, SplitConfig, TrainConfig
-from wsimil.errors import SplitsError
+from wsimil.errors import SplitsError, UsageError
 from wsimil.evaluation.table import read_predictions
 from wsimil.files import read_json
 from wsimil.training import train
@@ -59,4 +59,11 @@ def test_a_side_without_any_label_is_an_error(toy, tmp_path):
     write_tables(tmp_path, "binary", tuple(f"s{number}" for number in range(10, 18)))
     settings = Settings(split=SplitConfig(), train=TrainConfig(epochs=1, hidden=8, device="cpu"))
     with pytest.raises(SplitsError, match="fold 0: no val slide has a label and a bag with tiles"):
+        train(toy, tmp_path / "labels.csv", tmp_path / "run", splits=tmp_path / "splits.csv", settings=settings)
+
+
+def test_training_slides_of_one_class_alone_are_an_error_that_names_fold_and_class(toy, tmp_path):
+    write_tables(tmp_path, "binary", tuple(f"s{number:02}" for number in range(1, 10, 2)))
+    settings = Settings(train=TrainConfig(epochs=1, hidden=8, device="cpu"))
+    with pytest.raises(UsageError, match="fold 0: all 5 training slides are neg"):
         train(toy, tmp_path / "labels.csv", tmp_path / "run", splits=tmp_path / "splits.csv", settings=settings)
