@@ -337,7 +337,7 @@ def _evaluate(arguments: argparse.Namespace, settings: Settings, say: Callable[[
     labels = None
     if arguments.labels:
         table = read_labels(arguments.labels, settings.labels, group=settings.split.group)
-        labels = match_labels(table, predictions["slide_id"])[["slide_id", "patient", "label"]]
+        labels = match_labels(table, predictions["slide_id"]).drop(columns=["slide", "site"])
         labels = labels[labels["label"] != ""]
     metrics = write_evaluation(
         arguments.out,

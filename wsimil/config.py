@@ -206,7 +206,7 @@ class SplitConfig:
 
     folds: int = option(5, "cross-validation folds")
     seed: int = option(0, "seed of the split")
-    group: str = option("patient", "column whose values never stand on two sides")
+    group: str = option("patient", "column whose values never stand on two sides, as patients never do; for example the hospital")
     site: str | None = option(None, "column to balance over folds as well as the label")
     test: str | None = option(
         None, "column with an official split, `train` or `test`: one fold then, with that test set"
@@ -290,8 +290,8 @@ class TrainConfig:
             _require(getattr(self, key) >= 0, f"train.{key} is {getattr(self, key)}; expected 0 or more")
         _require(
             not (self.tiles_per_step and self.sampling == "risk_set"),
-            "train.sampling is risk_set, an event in every step of bags_per_step slides, and train.tiles_per_step makes steps of any "
-            "number of slides; set one of the two",
+            "train.sampling is risk_set, an event in every step of bags_per_step slides, and train.tiles_per_step makes steps of "
+            "any number of slides; set one of the two",
         )
         _require(0 <= self.instance_dropout < 1, f"train.instance_dropout is {self.instance_dropout}; expected 0 up to 1")
         for key in ("aggregator_options", "objective_options"):
@@ -409,7 +409,7 @@ class PredictConfig:
 class EvaluateConfig:
     """From predictions to numbers with intervals."""
 
-    bootstrap: int = option(2000, "resamples of patients for the intervals")
+    bootstrap: int = option(2000, "resamples of patients (of groups, where folds kept groups together) for the intervals")
     seed: int = option(0, "seed of the resampling")
 
 
