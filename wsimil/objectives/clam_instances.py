@@ -13,12 +13,14 @@ Lu, Williamson, Chen et al. 2021 (arXiv 2004.09666). A linear judge for each cla
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsimil.batch import BagOutput, LabelledBags
+from wsimil.config import Range
 from wsimil.errors import ConfigError
 from wsimil.objectives.slide_label import SlideLabel
 from wsimil.objectives.wrapping import Wrapping
@@ -53,7 +55,7 @@ class ClamInstances(Wrapping):
         hidden: int,
         *,
         k: int = 8,
-        share: float = 0.3,
+        share: Annotated[float, Range(0, 1)] = 0.3,
         subtyping: bool = False,
         loss: str = "cross_entropy",
     ) -> None:

@@ -21,8 +21,10 @@ __all__ = ["MODEL_FORMAT", "TrainedModel", "build_aggregator", "load_model"]
 MODEL_FORMAT = 1
 
 
-def build_aggregator(content: Mapping[str, Any], task: Task) -> Aggregator:
+def build_aggregator(content: Mapping[str, Any], task: Task, *, check: bool = True) -> Aggregator:
     """A fresh aggregator as `model.json` describes it: aggregator, dim, hidden, dropout and its own options.
+
+    Without `check`, options may have any value that a model was once trained with.
 
     Raises:
         ConfigError: no such aggregator, or not its options.
@@ -30,7 +32,7 @@ def build_aggregator(content: Mapping[str, Any], task: Task) -> Aggregator:
     options = content.get("aggregator_options", {})  # models older than options had none
     sizes = {"hidden": content["hidden"], "dropout": content["dropout"]}
     try:
-        return make_aggregator(content["aggregator"], content["dim"], task.n_outputs, **sizes, **options)
+        return make_aggregator(content["aggregator"], content["dim"], task.n_outputs, **sizes, check=check, **options)
     except TypeError as error:
         if not options:
             raise
@@ -75,7 +77,7 @@ def load_model(run: str | Path) -> TrainedModel:
     except TypeError as error:
         raise UsageError(f"{run}: its filter {content['filter']} has keys this wsimil does not know; upgrade it") from error
     task = Task.from_json(content["task"])
-    model = Standardized(build_aggregator(content, task))
+    model = Standardized(build_aggregator(content, task, check=False))
     model.load_state_dict(state)
     model.eval()
     return TrainedModel(
