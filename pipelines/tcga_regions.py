@@ -70,8 +70,7 @@ def logistic(run: Path, means: dict[str, np.ndarray], table: pd.DataFrame, posit
         rows = fold.loc[test, ["slide_id", "patient", "fold"]]
         parts.append(rows.assign(**{f"prob_{positive}": model.predict_proba(y)[:, 1]}))
     found = pd.concat(parts, ignore_index=True)
-    patients = table.set_index("slide")["patient"]  # the folds' own column is the site where folds are by site
-    return found.assign(label=found["slide_id"].map(labels), patient=found["slide_id"].map(patients))
+    return found.assign(label=found["slide_id"].map(labels))
 
 
 def main() -> None:
@@ -96,9 +95,7 @@ def main() -> None:
                 )
                 out = options.out / name / f"{group}-{aggregator}"
                 predictions = cross_validate(bags, labels, out, config)
-                row[aggregator] = area(
-                    predictions.assign(patient=predictions["slide_id"].map(table.set_index("slide")["patient"])), positive
-                )
+                row[aggregator] = area(predictions, positive)
             row["mean of regions, logistic regression"] = area(logistic(out / "repeat0", means, table, positive), positive)
             rows.append(row)
             print(rows[-1], flush=True)

@@ -206,6 +206,13 @@ def test_no_tissue_is_a_choice_not_nothing(tmp_path):
     assert from_yaml(tmp_path, "tissue: none").tile.tissue == "none"
 
 
+def test_an_event_in_every_step_does_not_go_with_steps_of_any_length():
+    with pytest.raises(ConfigError, match=r"train\.sampling is risk_set.*tiles_per_step"):
+        read_settings(["train"], overrides={"sampling": "risk_set", "tiles-per-step": 500})
+    for one in ({"sampling": "risk_set"}, {"sampling": "balanced", "tiles-per-step": 500}):
+        read_settings(["train"], overrides=one)
+
+
 def test_shards_are_counted_from_one():
     assert JobConfig().shard_of() == (1, 1)
     assert JobConfig(shard="2/8").shard_of() == (2, 8)
@@ -237,7 +244,9 @@ def values_of(section: type) -> st.SearchStrategy:
     choices = {}
     for name, kind in hints.items():
         default = getattr(defaults, name)
-        if typing.get_origin(kind) is typing.Literal:
+        if name == "sampling":  # risk_set does not go with tiles_per_step
+            choices[name] = st.sampled_from(["shuffle", "balanced"])
+        elif typing.get_origin(kind) is typing.Literal:
             choices[name] = st.sampled_from(typing.get_args(kind))
         elif name == "min_lr":  # no more than lr
             choices[name] = st.floats(0, 0.001)

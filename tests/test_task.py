@@ -171,6 +171,14 @@ def test_weights_of_slides_make_classes_count_the_same():
     assert LABELS.slide_weights(torch.ones(2, 3), torch.ones(2, 3)) is None
 
 
+@pytest.mark.parametrize("soft", [["a=0.5;b=0.4;c=0.1", "a=0.3;b=0.7", "a"], ["a=0.9;b=0.1", "a"]])
+def test_the_mean_weight_of_slides_is_one_however_little_a_class_weighs(soft):
+    targets = TYPES.encode(soft)
+    weights = TYPES.slide_weights(targets, targets)
+    assert weights is not None and weights.isfinite().all()
+    np.testing.assert_allclose(weights.mean(), 1.0, rtol=1e-6)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-50, 50), min_size=3, max_size=3))
 def test_grades_have_probabilities_that_add_up_and_steps_that_fall(logits):
@@ -306,6 +314,20 @@ def test_survival_without_events_cannot_be_learned_or_chosen():
         Task("survival").fitted(["1+", "2+"], TrainConfig())
     with pytest.raises(LabelsError, match="none of the 1 validation slides has an event"):
         Task("survival").fitted(["1", "2+"], TrainConfig(), validation=["3+"])
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "others"),
+    [
+        (BINARY, ["tumour"] * 3, ["tumour", "normal"]),
+        (TYPES, ["b", "b=1"], ["b", "b=0.9;a=0.1"]),
+        (Task("ordinal", ("1", "2")), ["2", "2"], ["2", "1"]),
+    ],
+)
+def test_one_class_alone_cannot_be_learned(task, labels, others):
+    with pytest.raises(LabelsError, match=rf"all {len(labels)} training slides are {task.hard_label(labels[0])}"):
+        task.fitted(labels, TrainConfig())
+    assert task.fitted(others, TrainConfig()).kind == task.kind
 
 
 def test_a_task_says_what_it_is():

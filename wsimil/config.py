@@ -3,6 +3,7 @@
 - A section per stage; a key is `section.key` in YAML (`tile: {tile_px: 224}`) and `--section.key` on the command line.
 - The short form (`--tile-px`, or `tile_px:` at the top of a YAML file) sets the key in every section that has it.
 - Hyphens and underscores are the same; an unknown key or a value of the wrong kind is an error that names the nearest key.
+- Options of an aggregator's or objective's own are checked against the annotations of its class.
 - No torch here: `wsimil --help` reads this module.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
@@ -35,12 +38,14 @@ __all__ = [
     "PredictConfig",
     "PretrainConfig",
     "ProbeConfig",
+    "Range",
     "SearchConfig",
     "Settings",
     "SplitConfig",
     "TileConfig",
     "TrainConfig",
     "as_mapping",
+    "checked_options",
     "keys_of",
     "normalise_key",
     "read_settings",
@@ -56,6 +61,22 @@ def option(default: Any, help: str) -> Any:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Range:
+    """What an argument may be, in its annotation: `Annotated[float, Range(0, 1)]`."""
+
+    least: float
+    most: float = math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and value < self.below
+
+    def __str__(self) -> str:
+        upper = f" and at most {self.most:g}" if self.most < math.inf else f" and below {self.below:g}"
+        return f"at least {self.least:g}{upper if min(self.most, self.below) < math.inf else ''}"
 
 
 @dataclass(frozen=True)
@@ -206,7 +227,7 @@ class SplitConfig:
 
     folds: int = option(5, "cross-validation folds")
     seed: int = option(0, "seed of the split")
-    group: str = option("patient", "column whose values never stand on two sides")
+    group: str = option("patient", "column whose values never stand on two sides, as patients never do; for example the hospital")
     site: str | None = option(None, "column to balance over folds as well as the label")
     test: str | None = option(
         None, "column with an official split, `train` or `test`: one fold then, with that test set"
@@ -288,6 +309,11 @@ class TrainConfig:
         _require(good, f"train.betas is {list(self.betas)}; expected two numbers, each 0 up to 1")
         for key in ("tiles_per_step", "tiles_per_bag", "clip_norm", "memory_gb"):
             _require(getattr(self, key) >= 0, f"train.{key} is {getattr(self, key)}; expected 0 or more")
+        _require(
+            not (self.tiles_per_step and self.sampling == "risk_set"),
+            "train.sampling is risk_set, an event in every step of bags_per_step slides, and train.tiles_per_step makes steps of "
+            "any number of slides; set one of the two",
+        )
         _require(0 <= self.instance_dropout < 1, f"train.instance_dropout is {self.instance_dropout}; expected 0 up to 1")
         for key in ("aggregator_options", "objective_options"):
             if isinstance(getattr(self, key), str):  # one option is as good as a list of one
@@ -404,7 +430,7 @@ class PredictConfig:
 class EvaluateConfig:
     """From predictions to numbers with intervals."""
 
-    bootstrap: int = option(2000, "resamples of patients for the intervals")
+    bootstrap: int = option(2000, "resamples of patients (of groups, where folds kept groups together) for the intervals")
     seed: int = option(0, "seed of the resampling")
 
 
@@ -621,6 +647,11 @@ def _flatten(content: Mapping[str, Any], sections: Iterable[str]) -> dict[str, A
 def _coerce(kind: Any, value: Any, key: str) -> Any:
     """`value` as `kind`; text is read as YAML reads it, so `--lr 3e-4` and `lr: 3e-4` mean the same."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        value = _coerce(arguments[0], value, key)
+        for limits in arguments[1:]:
+            _require(value in limits, f"{key} is {value}; expected {limits}")
+        return value
     if origin in (types.UnionType, typing.Union):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
             return None
@@ -664,6 +695,26 @@ def _coerce(kind: Any, value: Any, key: str) -> Any:
     except (TypeError, ValueError, OverflowError):
         expected = "a whole number" if kind is int else "a number"
         raise ConfigError(f"{key} is {value!r}; expected {expected}") from None
+
+
+def checked_options(make: Callable[..., Any], options: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    """Options for a class (or a partial of it) as its annotations want them: kinds as in a section, and within their `Range`.
+
+    Whole numbers are sizes and counts: without a `Range` they are at least 1. An option that the class does not have is left for it
+    to refuse.
+
+    Raises:
+        ConfigError: naming the option, its value and what is expected.
+    """
+    while isinstance(make, functools.partial):
+        make = make.func
+    checked = dict(options)
+    hints = typing.get_type_hints(make.__init__, include_extras=True)
+    for name in hints.keys() & options.keys():
+        hint = hints[name]
+        kinds = {int: Annotated[int, Range(1)], int | None: Annotated[int, Range(1)] | None}
+        checked[name] = _coerce(kinds.get(hint, hint), options[name], f"{whose}: {name}")
+    return checked
 
 
 def as_mapping(settings: Settings, sections: Iterable[str]) -> dict[str, Any]:

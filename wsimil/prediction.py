@@ -108,7 +108,7 @@ def predict(
     for path in (Path(out) / "scores").glob("*.h5"):
         if path.stem not in written:  # of an earlier prediction of other slides
             path.unlink()
-    columns = _columns(run.task) + ([SEEN] if any(SEEN in row for row in rows) else [])
+    columns = _columns(run.task) + [column for column in ("group", SEEN) if any(column in row for row in rows)]
     table = pd.DataFrame(rows, columns=columns).sort_values("slide_id", ignore_index=True, kind="stable")
     save_settings(Path(out) / "config.yaml", Settings(predict=config), ["predict"])
     with atomic_path(Path(out) / "predictions.csv") as temporary:
@@ -149,12 +149,11 @@ class _Run:
     def models_for(self, slide_id: str) -> dict[str, list[TrainedModel]]:
         """Fold → its models, of the folds that a slide is in test in; of a new slide `ensemble` → all."""
         mine = self.splits[self.splits["slide_id"] == slide_id]
+        if mine.empty and slide_id in self.labels.index:  # an empty or failed slide of a patient (or group) who was trained on
+            units = self.labels["group" if "group" in self.labels else "patient"]
+            mine = self.splits[self.splits["slide_id"].isin(units.index[units == units[slide_id]])]
         if mine.empty:
-            if slide_id in self.labels.index and self.labels.loc[slide_id, "patient"] in set(self.splits["patient"]):
-                # an empty or failed slide of a patient who was trained on
-                mine = self.splits[self.splits["patient"] == self.labels.loc[slide_id, "patient"]]
-            else:
-                return {ENSEMBLE: self.models}
+            return {ENSEMBLE: self.models}
         folds = sorted(set(mine.loc[mine["split"] == "test", "fold"].tolist()))
         return {str(fold): [model for model in self.models if model.fold == fold] for fold in folds}
 
@@ -173,6 +172,8 @@ class _Run:
         except LabelsError as error:
             raise LabelsError(f"patient {patient}: {error} of its slides; one bag per patient has one label") from error
         row = {"slide": ";".join(names), "slide_id": slide_ids[0], "patient": patient, "label": self.task.hard_label(label)}
+        if "group" in self.labels:  # of a new slide nothing is known: it is its own
+            row["group"] = str(self.labels["group"].get(slide_ids[0], ""))
         if self.task.kind == "survival" and label:
             row |= {"time": label.removesuffix("+"), "event": str(int(survival_of(label)[1]))}
         return row

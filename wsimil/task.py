@@ -175,7 +175,7 @@ class Task:
         """The task as the training slides of a fold define it: scale, intervals, weights of positives, and the loss asked for.
 
         Raises:
-            LabelsError: the loss is not for this task, or there is no event to learn from.
+            LabelsError: the loss is not for this task, or there is nothing to learn from: one class alone, or no event.
         """
         chosen = "" if config.loss == "auto" else config.loss
         task = replace(
@@ -191,6 +191,11 @@ class Task:
         if task.kind == "multilabel" and config.balance and config.sampling != "balanced":  # both would pay twice
             facts = [facts_of(label) for label in labels]
             return replace(task, positive_weights=tuple(_positive_weight(facts, name) for name in task.classes))
+        if task.kind in ("binary", "multiclass", "ordinal") and len(task.encode(labels).unique(dim=0)) == 1:
+            raise LabelsError(
+                f"all {len(labels)} training slides are {task.hard_label(labels[0])}: nothing to learn from; use splits with "
+                "two classes or more in train"
+            )
         if task.kind == "survival":
             return _with_intervals(task, labels, validation, config.time_bins)
         return task
@@ -236,8 +241,12 @@ class Task:
         if self.kind not in ("binary", "multiclass", "ordinal"):
             return None
         counts = self._shares(training).sum(0)
-        per_class = len(training) / ((counts > 0).sum() * counts.clamp(min=1))
+        per_class = len(training) / ((counts > 0).sum() * counts.where(counts > 0, 1))  # one that training lacks: as one slide
         return self._shares(targets) @ per_class
+
+    def likeliest(self, targets: Tensor) -> Tensor:
+        """Targets of a binary, multi-class or ordinal task → the class (B,) int64 that each says most of (of equals the first)."""
+        return self._shares(targets).argmax(1)
 
     def _shares(self, targets: Tensor) -> Tensor:
         """Targets as shares of each class, (B, classes)."""

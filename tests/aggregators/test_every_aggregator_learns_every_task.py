@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from wsimil.aggregators import AGGREGATORS, make_aggregator
+from wsimil.aggregators.listing import aggregator_rows
 from wsimil.batch import BagBatch, LabelledBags
+from wsimil.errors import UsageError
 from wsimil.objectives import SlideLabel
 from wsimil.task import Task
 
@@ -71,3 +73,32 @@ def test_what_it_says_can_be_decoded(name, kind):
         probabilities = task.probabilities(logits)
         assert probabilities.shape == (4, len(task.classes)) and len(task.decided(probabilities)) == 4
         assert task.kind == "multilabel" or probabilities.sum(1) == pytest.approx(1)
+
+
+OPTIONS = {row["name"]: row["options"] for row in aggregator_rows()}
+
+
+@pytest.mark.parametrize("value", [0, -1, "maybe", 0.5])
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_an_option_is_refused_by_name_or_the_model_trains_a_step(name, value):
+    task, labels = TASKS["multiclass"]
+    batch = LabelledBags(bags(), task.encode(labels))
+    for option, default in OPTIONS[name].items():
+        try:
+            model = make_aggregator(name, DIM, task.n_outputs, hidden=8, dropout=0.0, **{option: value})
+        except UsageError as error:
+            assert option in str(error) and str(value) in str(error), error
+            continue
+        assert not isinstance(default, bool), f"{option}={value} was taken for {default}"
+        assert value != -1 or not isinstance(default, int), f"{option}={value}"
+        losses = torch.stack(list(SlideLabel(task).losses(model.train(), batch, 0.5).values()))
+        losses.sum().backward()
+        model.eval()(bags(), explain=True)
+        assert losses.isfinite().all(), (option, value)
+
+
+def test_options_that_are_as_they_should_be_are_taken():
+    for name, options in OPTIONS.items():
+        make_aggregator(name, DIM, 3, hidden=8, **options)
+        make_aggregator(name, DIM, 3, hidden=8, **{key: str(value) for key, value in options.items() if isinstance(value, int)})
+    assert make_aggregator("sm_abmil", DIM, 1, steps=0).smooth.steps == 0

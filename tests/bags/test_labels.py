@@ -87,10 +87,18 @@ def test_no_table_is_an_error_that_names_it(tmp_path):
 def test_asked_columns_are_used_or_missed(table):
     path = table("slide,case,centre,her2\na,C1,x,0\nb,,y,1\n")
     labels = read_labels(path, LabelsConfig(target="her2"), group="case", site="centre")
-    assert rows(labels) == [("a", "C1", "x", "0"), ("b", "b", "y", "1")]
+    assert rows(labels) == [("a", "a", "C1", "x", "0"), ("b", "b", "b", "y", "1")]
     for options, column in (({"group": "cases"}, "'cases'; did you mean case"), ({"site": "center"}, "'center'")):
         with pytest.raises(LabelsError, match=column):
             read_labels(path, LabelsConfig(target="her2"), **options)
+
+
+def test_a_group_is_added_to_the_patient_and_joined_where_one_patient_has_slides_in_two(table):
+    path = table("slide,patient,hospital,label\na,P,A,x\nb,P,B,y\nc,Q,B,x\nd,R,C,y\ne,R,,x\nf,S,,y\ng,S,,y\nh,,C,x\n")
+    labels = read_labels(path, CONFIG, group="hospital")
+    assert labels["patient"].tolist() == ["P", "P", "Q", "R", "R", "S", "S", "h"]
+    assert labels["group"].tolist() == ["A+B", "A+B", "A+B", "C", "C", "S", "S", "C"]
+    assert "group" not in read_labels(path, CONFIG)
 
 
 def test_a_slide_without_a_patient_is_its_own(table):

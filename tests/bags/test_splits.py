@@ -11,8 +11,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from wsimil.bags.labels import read_labels, slide_ids_of
 from wsimil.bags.splits import COLUMNS, check_splits, make_splits, read_splits, splits_hash, write_splits
-from wsimil.config import SplitConfig
+from wsimil.config import LabelsConfig, SplitConfig
 from wsimil.errors import SplitsError
 from wsimil.task import Task
 
@@ -168,6 +169,35 @@ def test_slides_without_a_label_are_in_no_fold():
     unlabelled = pd.DataFrame([("u", "p0", "x", "")], columns=table.columns)
     splits = make_splits(pd.concat([table, unlabelled]), BINARY, SplitConfig(folds=4))
     assert splits.equals(make_splits(table, BINARY, SplitConfig(folds=4)))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9), st.sampled_from("01")), min_size=30, max_size=60), st.integers(0, 99)
+)
+def test_neither_patient_nor_group_is_on_two_sides(tmp_path_factory, slides, seed):
+    path = tmp_path_factory.mktemp("labels") / "labels.csv"
+    # most patients have one hospital, some two
+    cells = [(f"s{i}", f"p{who}", f"h{who if where else who + 1}", label) for i, (who, where, label) in enumerate(slides)]
+    table = pd.DataFrame(cells, columns=["slide", "patient", "hospital", "label"])
+    table.to_csv(path, index=False)
+    labels = slide_ids_of(read_labels(path, LabelsConfig(), group="hospital"))
+    try:
+        splits = make_splits(labels, BINARY, SplitConfig(folds=3, seed=seed, group="hospital"))
+    except SplitsError as error:
+        assert "group(s)" in str(error) and "groups that share a patient are one" in str(error)
+        return
+    assert list(splits.columns) == COLUMNS and set(splits["patient"]) == set(table["patient"])
+    merged = splits.merge(table[["slide", "hospital"]], left_on="slide_id", right_on="slide")
+    for unit in ("patient", "hospital"):
+        assert merged.groupby(["fold", unit])["split"].nunique().max() == 1
+
+
+def test_given_splits_that_part_a_group_are_refused():
+    splits = make_splits(cohort(8, 8), BINARY, SplitConfig(folds=4))
+    check_splits(splits.assign(group=splits["patient"]))
+    with pytest.raises(SplitsError, match="group h is on two sides of fold 0"):
+        check_splits(splits.assign(group="h"))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

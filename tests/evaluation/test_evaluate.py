@@ -144,6 +144,18 @@ def test_fold_mean_uses_the_corrected_interval() -> None:
     assert [result["folds"][str(k)]["metrics"]["auroc"] for k in range(5)] == pytest.approx(by_fold)
 
 
+def test_groups_are_resampled_and_counted_beside_their_patients() -> None:
+    plain = binary_table(80)
+    hospitals = plain["patient"].str[1:].astype(int) % 5
+    grouped = plain.assign(group="h" + hospitals.astype(str))
+    found, as_patients = (evaluate_predictions(one, n_bootstrap=50) for one in (grouped, plain.assign(patient=grouped["group"])))
+    assert (found["n_patients"], found["n_groups"], found["pooled"]["n_groups"]) == (40, 5, 5)
+    assert found["pooled"]["metrics"] == as_patients["pooled"]["metrics"]
+    given = grouped[["slide_id", "label", "group"]]
+    assert evaluate_predictions(plain, labels=given, n_bootstrap=50)["pooled"] == found["pooled"]
+    assert "n_groups" not in evaluate_predictions(plain, n_bootstrap=0)  # nor in tables that are older
+
+
 def test_patients_not_slides_are_resampled() -> None:
     table = binary_table(40)
     copies = pd.concat([table.assign(slide_id=table["slide_id"] + f"-{k}") for k in range(4)])

@@ -57,6 +57,19 @@ def test_the_positive_class_can_be_named() -> None:
         check_predictions(table(), positive="tumor")
 
 
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.7, np.nan])
+def test_renaming_the_positive_class_changes_no_decision(threshold: float) -> None:
+    """The threshold stays that of the class it was chosen for; .5 and .7 are decided on the edge."""
+    rows = table(prob_tumour=[0.1, 0.5, 0.7, 0.65], prob_normal=[0.9, 0.5, 0.3, 0.35], threshold=threshold)
+    said = [
+        [one.classes[index] for index in one.predicted]
+        for one in (check_predictions(rows.drop(columns="prediction"), positive=name) for name in ("tumour", "normal"))
+    ]
+    assert said[0] == said[1]
+    swapped = check_predictions(rows, positive="normal")
+    np.testing.assert_allclose(swapped.threshold, 1 - threshold)
+
+
 def test_slides_without_a_prediction_or_label_are_counted_not_evaluated() -> None:
     rows = table(status=["done", "empty", "failed", "done"], label=["normal", "tumour", "normal", None])
     rows.loc[[1, 2], ["prob_normal", "prob_tumour"]] = np.nan

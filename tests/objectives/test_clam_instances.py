@@ -130,3 +130,19 @@ def test_what_cannot_be_is_refused():
         ClamInstances(SlideLabel(Task("regression")), 8)
     with pytest.raises(ConfigError, match="cross_entropy or svm"):
         ClamInstances(SlideLabel(TYPES), 8, loss="hinge")
+
+
+@pytest.mark.parametrize(
+    ("task", "soft", "hard"),
+    [
+        (BINARY, ["no=0.2;yes=0.8", "no=0.01;yes=0.99", "no=0.7;yes=0.3", "no=0.5;yes=0.5"], ["yes", "yes", "no", "no"]),
+        (TYPES, ["a=0.2;b=0.3;c=0.5", "a=0.4;b=0.4;c=0.2", "b=1", "c"], ["c", "a", "b", "c"]),
+    ],
+)
+@pytest.mark.parametrize("subtyping", [False, True])
+def test_the_evidence_of_a_soft_label_is_for_its_likeliest_class(task, soft, hard, subtyping):
+    objective = ClamInstances(SlideLabel(task), 512, subtyping=subtyping).double()
+    model = CLAM(16, task.n_outputs, branches="multiple").double().eval()
+    bags = pack([make_bags(20, dim=16, seed=seed) for seed in range(4)])
+    soft_loss, hard_loss = (objective.tile_losses(model(bags), LabelledBags(bags, task.encode(one))) for one in (soft, hard))
+    torch.testing.assert_close(soft_loss, hard_loss)

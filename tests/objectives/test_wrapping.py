@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from wsimil.aggregators import make_aggregator
 from wsimil.batch import BagBatch, LabelledBags, Objective
 from wsimil.config import TrainConfig
+from wsimil.errors import UsageError
 from wsimil.objectives import AttentionEntropy, AveragedWeights, ClamInstances, MaskedHardInstances, SlideLabel
 from wsimil.task import Task
 from wsimil.training.goals import OBJECTIVES, build_objective
@@ -83,3 +85,38 @@ def test_balanced_sampling_reaches_every_objective(name):
     config = TrainConfig(sampling="balanced", objective=name, hidden=8)
     order = build_objective(config, TASK, ["neg"] * 9 + ["pos"]).sampler(0)
     assert order is not None and list(order).count(9) == 5
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "2", "maybe"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_option_is_refused_by_name_or_the_objective_takes_a_step(name, value):
+    bags = BagBatch(torch.randn(9, 6), torch.tensor([0, 4, 9]), slide_ids=("a", "b"))
+    batch = LabelledBags(bags, torch.tensor([0.0, 1.0]))
+    arguments = inspect.signature(OBJECTIVES[name]).parameters.values()
+    options = {one.name: one.default for one in arguments if isinstance(one.default, bool | int | float) and one.name != "seed"}
+    assert options
+    for option, default in options.items():
+        config = TrainConfig(objective=name, hidden=8, objective_options=(f"{option}={value}",))
+        try:
+            objective = build_objective(config, TASK, ["neg", "pos"])
+        except UsageError as error:
+            assert option in str(error) and value in str(error), error
+            continue
+        assert not isinstance(default, bool) and value != "maybe"
+        assert type(default) is not int or int(value) > 0
+        model = make_aggregator("clam_sb", 6, 1, hidden=8).train()
+        objective.prepare(model)
+        losses = torch.stack(list(objective.losses(model, batch, 0.0).values()))
+        losses.sum().backward()
+        objective.after_backward()
+        objective.after_step()
+        assert losses.isfinite().all(), (option, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("clam_instances", "share=2"), ("averaged_weights", "decay=2"), ("attention_entropy", "weight=-1")]
+)
+def test_a_share_that_is_none_is_refused(name, wrong):
+    option, value = wrong.split("=")
+    with pytest.raises(UsageError, match=rf"objective {name}: {option} is {value}.*expected at least 0"):
+        build_objective(TrainConfig(objective=name, objective_options=(wrong,)), TASK, ["neg", "pos"])

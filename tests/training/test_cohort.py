@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from wsimil.bags.splits import read_splits
 from wsimil.cli import main
-from wsimil.config import LabelsConfig, Settings, SplitConfig, TrainConfig
-from wsimil.errors import SplitsError
+from wsimil.config import LabelsConfig, PredictConfig, Settings, SplitConfig, TrainConfig
+from wsimil.errors import SplitsError, UsageError
 from wsimil.evaluation.table import read_predictions
 from wsimil.files import read_json
+from wsimil.prediction import predict
 from wsimil.training import train
 
 N_SLIDES = 24
@@ -60,3 +63,38 @@ def test_a_side_without_any_label_is_an_error(toy, tmp_path):
     settings = Settings(split=SplitConfig(), train=TrainConfig(epochs=1, hidden=8, device="cpu"))
     with pytest.raises(SplitsError, match="fold 0: no val slide has a label and a bag with tiles"):
         train(toy, tmp_path / "labels.csv", tmp_path / "run", splits=tmp_path / "splits.csv", settings=settings)
+
+
+def test_training_slides_of_one_class_alone_are_an_error_that_names_fold_and_class(toy, tmp_path):
+    write_tables(tmp_path, "binary", tuple(f"s{number:02}" for number in range(1, 10, 2)))
+    settings = Settings(train=TrainConfig(epochs=1, hidden=8, device="cpu"))
+    with pytest.raises(UsageError, match="fold 0: all 5 training slides are neg"):
+        train(toy, tmp_path / "labels.csv", tmp_path / "run", splits=tmp_path / "splits.csv", settings=settings)
+
+
+def test_a_group_is_kept_together_beside_the_patient_which_stays_what_it_is(toy, tmp_path):
+    """Twelve patients of two slides in five hospitals; one of them, p00, has slides in two; s23 has no label."""
+    rows = [(f"s{n:02}", f"p{n // 4 * 2 + n % 2:02}", f"h{n // 4 % 5}", ("neg", "pos")[n % 2]) for n in range(N_SLIDES)]
+    rows[0], rows[23] = (*rows[0][:2], "h1", "neg"), (*rows[23][:3], "")
+    table = pd.DataFrame(rows, columns=["slide", "patient", "hosp", "label"]).set_index("slide")
+    table.to_csv(tmp_path / "labels.csv")
+    common = ["--labels", str(tmp_path / "labels.csv"), "--group", "hosp", "--quiet"]
+    run = ["--folds", "3", "--epochs", "1", "--hidden", "8", "--device", "cpu", "--val-fraction", "0.3"]
+    assert main(["train", str(toy), *common, *run, "--out", str(tmp_path / "run")]) == 0
+    sides = read_splits(tmp_path / "run" / "splits.csv").merge(table["hosp"], left_on="slide_id", right_index=True)
+    for unit in ("patient", "hosp"):
+        assert sides.groupby(["fold", unit])["split"].nunique().max() == 1
+    out = str(tmp_path / "slides")
+    assert main(["predict", str(toy), "--model", str(tmp_path / "run"), "--out", out, "--quiet"]) == 0
+    slides = read_predictions(tmp_path / "slides" / "predictions.csv").set_index("slide_id")
+    assert slides["patient"].to_dict() == table["patient"].to_dict()
+    assert slides.loc[["s01", "s04", "s08"], "group"].tolist() == ["h0+h1", "h0+h1", "h2"]
+    # s23 was in no fold, but others of its hospital were: it is not new to the models that learned from them
+    assert slides.groupby("group")["fold"].nunique().max() == 1 and set(slides["split"]) == {"test"}
+    patients = predict(toy, tmp_path / "run", tmp_path / "patients", config=PredictConfig(bag="patient"), quiet=True)
+    assert sorted(patients["slide_id"]) == sorted(set(table["patient"])) and (patients["slide"].str.count(";") == 1).all()
+    assert main(["evaluate", out, "--out", str(tmp_path / "evaluation"), "--bootstrap", "20", "--quiet"]) == 0
+    found = read_json(tmp_path / "evaluation" / "metrics.json")
+    assert (found["n_slides"], found["n_patients"], found["n_groups"]) == (24, 12, 4)
+    assert main(["evaluate", out, *common, "--out", str(tmp_path / "again"), "--bootstrap", "20"]) == 0
+    assert read_json(tmp_path / "again" / "metrics.json")["pooled"] == found["pooled"]

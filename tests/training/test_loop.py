@@ -20,7 +20,7 @@ from wsimil.bags.dataset import BagFolder
 from wsimil.batch import BagBatch
 from wsimil.config import Settings, SplitConfig, TrainConfig, read_settings
 from wsimil.errors import ConfigError, SplitsError
-from wsimil.files import read_json
+from wsimil.files import read_json, write_json
 from wsimil.hdf5 import Dataset, read_attributes, write_hdf5
 from wsimil.objectives import ClamInstances, SlideLabel
 from wsimil.prediction import predict
@@ -233,6 +233,14 @@ def test_an_aggregators_own_options_reach_it_and_come_back(toy, tmp_path):
     assert attend.feature.weight.shape == (5, 8) and attend.gate is None
 
 
+def test_a_model_of_options_that_are_refused_today_can_still_be_read(toy, tmp_path):
+    config = TrainConfig(epochs=1, hidden=8, fold="0", aggregator="sm_abmil", aggregator_options=("steps=0",))
+    settings = Settings(split=SplitConfig(folds=2), train=config)
+    (run,) = train(toy, toy / "labels.csv", tmp_path, settings=settings)
+    write_json(run / "model.json", read_json(run / "model.json") | {"aggregator_options": {"steps": -1}})
+    assert load_model(run).content["aggregator_options"] == {"steps": -1}
+
+
 def test_options_are_read_from_flags_and_yaml_alike(tmp_path):
     (tmp_path / "config.yaml").write_text("train: {aggregator_options: {attention: 5, gated: false}, stack: on}")
     from_file = read_settings(["train"], tmp_path / "config.yaml").train
@@ -243,7 +251,13 @@ def test_options_are_read_from_flags_and_yaml_alike(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(("attention",), "name=value"), (("hidden=3",), "--hidden 3"), (("atention=3",), "atention")],
+    [
+        (("attention",), "name=value"),
+        (("hidden=3",), "--hidden 3"),
+        (("atention=3",), "atention"),
+        (("attention=0",), "aggregator gated_abmil: attention is 0; expected at least 1"),
+        (("gated=maybe",), "aggregator gated_abmil: gated is 'maybe'; expected true or false"),
+    ],
 )
 def test_wrong_options_are_named(toy, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):

@@ -1,6 +1,7 @@
 """bag → logits, attention, contributions: one file per method, one line in the table below.
 
 To add an aggregator: write its file, add its line to `AGGREGATORS`; the tests enrol it by themselves.
+The annotations of its arguments say what its options may be: whole numbers at least 1, others as their `Range` says.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from wsimil.aggregators.transformer import TransformerMIL
 from wsimil.aggregators.transmil import TransMIL
 from wsimil.aggregators.wikg import WiKG
 from wsimil.batch import Aggregator
-from wsimil.config import nearest
+from wsimil.config import checked_options, nearest
 from wsimil.errors import ConfigError
 
 __all__ = ["AGGREGATORS", "AggregatorEntry", "Standardized", "make_aggregator"]
@@ -135,15 +136,20 @@ AGGREGATORS: dict[str, AggregatorEntry] = {
 }
 
 
-def make_aggregator(name: str, dim: int, n_outputs: int, *, hidden: int = 256, dropout: float = 0.25, **options: Any) -> Aggregator:
+def make_aggregator(
+    name: str, dim: int, n_outputs: int, *, hidden: int = 256, dropout: float = 0.25, check: bool = True, **options: Any
+) -> Aggregator:
     """A freshly initialised aggregator by its registry name.
 
     Args:
+        check: whether options are held against kinds and ranges; not those of a model that is there already.
         options: further arguments of the aggregator's own.
 
     Raises:
-        ConfigError: the name is not in `AGGREGATORS`.
+        ConfigError: the name is not in `AGGREGATORS`, or an option is of the wrong kind or out of range.
     """
     if name not in AGGREGATORS:
         raise ConfigError(f"aggregator {name!r} is unknown{nearest(name, AGGREGATORS)} (known: {', '.join(AGGREGATORS)})")
+    if check:
+        options = checked_options(AGGREGATORS[name].make, options, f"aggregator {name}")
     return AGGREGATORS[name].make(dim, n_outputs, hidden=hidden, dropout=dropout, **options)

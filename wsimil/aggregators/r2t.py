@@ -13,6 +13,7 @@ Tang et al. 2024 (arXiv 2402.17228). The tiles of a bag, in file order, fill a s
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from wsimil.aggregators.packed import pad, segment_softmax, segment_sum, unpad
 from wsimil.batch import Aggregator, BagBatch, BagOutput
+from wsimil.config import Range
 from wsimil.errors import ConfigError
 
 __all__ = ["R2T"]
@@ -107,13 +109,13 @@ class R2T(Aggregator):
         hidden: int = 512,
         heads: int = 8,
         regions: int = 8,
-        reach: int = 15,
+        reach: Annotated[int, Range(0)] = 15,
         representatives: int = 3,
         shortcut: bool = False,
         attention: int = 128,
         compat: bool = False,
         dropout: float = 0.25,
-        inner_dropout: float = 0.1,
+        inner_dropout: Annotated[float, Range(0, below=1)] = 0.1,
     ) -> None:
         super().__init__()
         if hidden % heads:

@@ -11,11 +11,14 @@ Castro-Macías et al. 2024 (arXiv 2410.03276). The smooth operator is G_0 = U, G
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 
 from wsimil.aggregators.packed import segment_softmax, segment_sum
 from wsimil.batch import Aggregator, BagBatch, BagOutput
+from wsimil.config import Range
 from wsimil.errors import AggregatorInputError, ConfigError
 
 __all__ = ["SmABMIL", "neighbours"]
@@ -114,7 +117,7 @@ class SmABMIL(Aggregator):
         hidden: int = 256,
         attention: int = 128,
         where: str = "early",
-        steps: int = 10,
+        steps: Annotated[int, Range(0)] = 10,
         dropout: float = 0.25,
     ) -> None:
         super().__init__()

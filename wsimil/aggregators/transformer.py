@@ -11,6 +11,7 @@ falls with the distance between tiles in micrometres (after Press et al. 2022, a
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from wsimil.aggregators.explain import gradient_contributions
 from wsimil.batch import Aggregator, BagBatch, BagOutput
+from wsimil.config import Range
 from wsimil.errors import ConfigError
 
 __all__ = ["EncoderLayer", "TransformerMIL"]
@@ -133,7 +135,7 @@ class TransformerMIL(Aggregator):
         heads: int = 8,
         ffn: int | None = None,
         dropout: float = 0.1,
-        alibi_um: float | None = None,
+        alibi_um: Annotated[float, Range(1)] | None = None,
     ) -> None:
         super().__init__()
         if hidden % heads:

@@ -12,6 +12,7 @@ Shao et al. 2021 (arXiv 2106.00908); the attention is that of Xiong et al. 2021 
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from wsimil.aggregators.explain import gradient_contributions
 from wsimil.batch import Aggregator, BagBatch, BagOutput
+from wsimil.config import Range
 from wsimil.errors import ConfigError
 
 __all__ = ["NystromAttention", "PlaceConvolutions", "TransMIL", "pseudo_inverse"]
@@ -137,7 +139,7 @@ class TransMIL(Aggregator):
         attention: str = "nystrom",
         tile_order: str = "file",
         dropout: float = 0.0,
-        attention_dropout: float = 0.1,
+        attention_dropout: Annotated[float, Range(0, below=1)] = 0.1,
     ) -> None:
         super().__init__()
         if attention not in ("nystrom", "sdpa"):

@@ -3,6 +3,8 @@
 - A row finds its slide by id, else by file name if that is unique; anything else is an error, never a silent loss.
 - Labels are text: `007` stays as it is. Only `1.0` becomes `1` where a column holds nothing but whole numbers: programs
   write whole numbers so beside an empty cell.
+- A group (`--group hospital`) is added to the patient and does not take its place: what hangs together through either is one
+  group, in the column `group`.
 - The kind of task follows from the values and is printed; what cannot be told must be said with --task.
 - Several facts of a slide become one text, as `wsimil.task` reads it: `ER=1;HER2=0`, `12.5+`. So one column is a label everywhere.
 """
@@ -38,8 +40,10 @@ def read_labels(
 ) -> Table:
     """Columns `slide, patient, site, label`, all text; rows without a label have an empty one.
 
-    `patient` is the `group` column, or the slide itself where that is empty; `site` is empty where there is none. With `test`,
-    the column that names an official test set, there is a column `official` of its values.
+    `patient` is the slide itself where it is empty, `site` is empty where there is none. With a `group` other than the patient
+    there is a column `group`: the least parts that tear neither a patient nor a value of that column apart, named by its values
+    (`A`; `A+B` where a patient has slides in both; of slides without one, by the patient). With `test`, the column that names an
+    official test set, there is a column `official` of its values.
 
     Raises:
         LabelsError: no such file or column, a slide without a name.
@@ -60,16 +64,39 @@ def read_labels(
     slides = table["slide"]
     if (slides == "").any():
         raise LabelsError(f"{path}, line {slides.index[slides == ''][0]}: the slide is empty")
-    patients = table.get(group, slides)
+    patients = table.get("patient", slides)
+    patients = patients.where(patients != "", slides)
     return pd.DataFrame(
         {
             "slide": slides,
-            "patient": patients.where(patients != "", slides),
+            "patient": patients,
+            **({} if group == "patient" else {"group": _joined(patients, table[group])}),
             "site": table.get(site or "site", ""),
             "label": _labels(path, table[truth], config),
             **({} if test is None else {"official": table[test].str.lower()}),
         }
     ).reset_index(drop=True)
+
+
+def _joined(patients: Table, groups: Table) -> list[str]:
+    """The group of each slide: slides are joined by their patient and by their group, where it is not empty."""
+    above: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def top(node: tuple[str, str]) -> tuple[str, str]:
+        while above.setdefault(node, node) != node:
+            above[node] = above[above[node]]  # every other step is left out next time
+            node = above[node]
+        return node
+
+    owners = [("patient", patient) for patient in patients]
+    for owner, group in zip(owners, groups, strict=True):
+        if group:
+            above[top(owner)] = top(("group", group))
+    names: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for kind, name in list(above):
+        if kind == "group":
+            names[top((kind, name))].add(name)
+    return ["+".join(sorted(names.get(top(owner), {owner[1]}))) for owner in owners]
 
 
 def _labels(path: str | Path, cells: Table, config: LabelsConfig) -> Table:
@@ -158,7 +185,7 @@ def match_labels(labels: Table, slide_ids: Iterable[str]) -> Table:
 
 
 def labels_of_rows(labels: Table, rows: Table) -> tuple[Table, int]:
-    """Columns `slide_id, patient, label` for the rows of a predictions table, and how many labels are of slides that are not in it.
+    """Columns `slide_id, patient, label` (and `group`) for the rows of a predictions table; how many labels are of other slides.
 
     A slide is found as in `match_slides`; a row of the pooled slides of a patient by the patient.
 
@@ -180,11 +207,13 @@ def labels_of_rows(labels: Table, rows: Table) -> tuple[Table, int]:
     of_slide = found.notna() & ~found.isin(pooled)
     if not (of_patient | of_slide).any():
         match_slides(labels["slide"], ids)  # says what is near
-    named = _unique(labels[of_slide].assign(slide_id=found[of_slide]))[["slide_id", "patient", "label"]]
+    owners = [column for column in ("patient", "group") if column in labels]
+    named = _unique(labels[of_slide].assign(slide_id=found[of_slide]))[["slide_id", *owners, "label"]]
     parts = []
-    for patient, said in labels[of_patient].groupby("patient")["label"]:
+    for patient, said in labels[of_patient].groupby("patient"):
         try:
-            parts.append({"slide_id": patient, "patient": patient, "label": agreed(said)})
+            # all slides of a patient are of one group
+            parts.append({"slide_id": patient, **said.iloc[0][owners].to_dict(), "label": agreed(said["label"])})
         except LabelsError as error:
             raise LabelsError(f"patient {patient}: {error} of its slides; one bag per patient has one label") from error
     matched = pd.concat([named, pd.DataFrame(parts, columns=named.columns)], ignore_index=True)
@@ -204,7 +233,7 @@ def slide_ids_of(labels: Table) -> Table:
 
 
 def _unique(labels: Table) -> Table:
-    facts = [column for column in ("slide_id", "patient", "site", "label", "official") if column in labels]
+    facts = [column for column in ("slide_id", "patient", "group", "site", "label", "official") if column in labels]
     labels = labels.drop_duplicates(facts)  # the same said twice is no contradiction
     twice = labels["slide_id"].duplicated(keep=False)
     if twice.any():

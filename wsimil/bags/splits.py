@@ -1,6 +1,7 @@
 """Folds that keep patients apart, as a file that can be read, checked and hashed.
 
-- Every patient is wholly in train, val or test of a fold; every slide is in test exactly once over a cross-validation.
+- Every patient is wholly in train, val or test of a fold; every slide is in test exactly once over a cross-validation. Where the
+  label table has groups (`--group`), every group is, and its patients with it: groups are then dealt as patients are.
 - Patients are dealt like cards, label by label, each to the side that has had fewest of that label for its share: folds
   differ by at most one patient of a label, and no side lacks a label that has patients enough. Sites, then numbers of
   slides, decide between equals. (scikit-learn's StratifiedGroupKFold balances slides, and in small cohorts leaves
@@ -37,18 +38,20 @@ COLUMNS = ["fold", "slide_id", "patient", "site", "split"]
 def make_splits(labels: Table, task: Task, config: SplitConfig) -> Table:
     """Cross-validation folds for a matched label table (`slide_id, patient, site, label`), unlabelled rows left out.
 
-    A table with a column `official` (train or test) gives one fold with that test set; only validation is drawn.
+    With a column `group`, as `read_labels` makes it, groups of patients are kept on one side. A table with a column `official`
+    (train or test) gives one fold with that test set; only validation is drawn.
 
     Raises:
         SplitsError: too few patients for the folds, in all or in one class.
     """
     table: Table = labels[labels["label"] != ""]
     table = table.sort_values("slide_id", ignore_index=True)
+    table = table.assign(unit=table[_unit(table)])
     official = _official(table) if "official" in table else None
     folds = 1 if official is not None else config.folds
     patients = _patients(table, task, folds=max(2, folds), use_site=config.site is not None)
     if official is None:
-        _check_enough(patients, task, folds)
+        _check_enough(patients, task, folds, _unit(table))
         official = _deal(patients, [1 / folds] * folds, np.random.default_rng(config.seed))
     tests = official
     parts = []
@@ -57,17 +60,22 @@ def make_splits(labels: Table, task: Task, config: SplitConfig) -> Table:
         rng = np.random.default_rng([config.seed, fold + 1])
         inner = _deal(rest, [1 - config.val_fraction, config.val_fraction], rng)
         sides = dict.fromkeys(tests, "test") | {name: ("train", "val")[side] for name, side in inner.items()}
-        parts.append(table.assign(fold=fold, split=table["patient"].map(sides))[COLUMNS])
+        parts.append(table.assign(fold=fold, split=table["unit"].map(sides)))
     splits: Table = pd.concat(parts).sort_values(["fold", "slide_id"], ignore_index=True)
     check_splits(splits)
-    return splits
+    return splits[COLUMNS]
+
+
+def _unit(table: Table) -> str:
+    """The column of what is never parted."""
+    return "group" if "group" in table else "patient"
 
 
 def _official(table: Table) -> dict[str, int]:
-    """Patient → 0 for those of the official test set, -1 for the others.
+    """Patient (or group) → 0 for those of the official test set, -1 for the others.
 
     Raises:
-        SplitsError: a value that is neither, a patient on both sides, a side without slides.
+        SplitsError: a value that is neither, a patient or group on both sides, a side without slides.
     """
     sides = table["official"]
     unknown = ~sides.isin(["train", "test"])
@@ -77,15 +85,17 @@ def _official(table: Table) -> dict[str, int]:
     for side in ("train", "test"):
         if not (sides == side).any():
             raise SplitsError(f"no labelled slide is officially {side}")
-    both = table.groupby("patient")["official"].nunique()
+    both = table.groupby("unit")["official"].nunique()
     if (both > 1).any():
         name = both.index[both > 1][0]
-        raise SplitsError(f"patient {name} is officially in train and in test; no model may learn from one it is tested on")
-    return {name: 0 if side == "test" else -1 for name, side in zip(table["patient"], sides, strict=True)}
+        raise SplitsError(f"{_unit(table)} {name} is officially in train and in test; no model may learn from one it is tested on")
+    return {name: 0 if side == "test" else -1 for name, side in zip(table["unit"], sides, strict=True)}
 
 
 @dataclass(frozen=True)
 class _Patient:
+    """What is dealt: a patient, or a group of them."""
+
     name: str
     labels: frozenset[str]  # strata of the slides; of a regression, the quantile of their mean
     site: str
@@ -95,12 +105,12 @@ class _Patient:
 def _patients(table: Table, task: Task, *, folds: int, use_site: bool) -> list[_Patient]:
     strata = [task.strata(label) for label in table["label"]]
     if task.has_values:
-        values = table["label"].astype(float).groupby(table["patient"]).mean()
+        values = table["label"].astype(float).groupby(table["unit"]).mean()
         bins = min(5, max(1, len(values) // (2 * folds)))
         ranks = values.rank(method="first") - 1
-        strata = [(name,) for name in table["patient"].map((ranks * bins // len(values)).astype(int).astype(str))]
+        strata = [(name,) for name in table["unit"].map((ranks * bins // len(values)).astype(int).astype(str))]
     slides: dict[str, list[tuple[tuple[str, ...], str]]] = defaultdict(list)
-    for name, stratum, site in zip(table["patient"], strata, table["site"], strict=True):
+    for name, stratum, site in zip(table["unit"], strata, table["site"], strict=True):
         slides[name].append((stratum, site))
     return [
         _Patient(name, frozenset(one for strata, _ in rows for one in strata), rows[0][1] if use_site else "", len(rows))
@@ -144,7 +154,7 @@ def _deal(patients: Sequence[_Patient], shares: Sequence[float], rng: np.random.
     return sides
 
 
-def _check_enough(patients: Sequence[_Patient], task: Task, folds: int) -> None:
+def _check_enough(patients: Sequence[_Patient], task: Task, folds: int, unit: str) -> None:
     """Every fold needs a patient of each class (survival: with an event) in test, and two others for train and val.
 
     A grade or one of several labels may be missing from a fold: the others still teach and count.
@@ -158,15 +168,17 @@ def _check_enough(patients: Sequence[_Patient], task: Task, folds: int) -> None:
             way_out = f"use --folds {count}" if count >= 3 else "train, val and test need one each: add some"
             if label and count < 3:
                 way_out += ", or leave the class out"
-            raise SplitsError(f"{count} patient(s) {whose} are too few for {folds} folds; {way_out}")
+            if unit == "group":
+                way_out += " (groups that share a patient are one)"
+            raise SplitsError(f"{count} {unit}(s) {whose} are too few for {folds} folds; {way_out}")
 
 
 def check_splits(splits: Table) -> None:
     """Refuse splits that leak.
 
     Raises:
-        SplitsError: a missing column, no row, an unknown split, a slide twice in a fold, a patient on two sides, or a
-            fold without train or val.
+        SplitsError: a missing column, no row, an unknown split, a slide twice in a fold, a patient (or group, where there is such
+            a column) on two sides, or a fold without train or val.
     """
     missing = [column for column in COLUMNS if column not in splits]
     if missing:
@@ -180,10 +192,13 @@ def check_splits(splits: Table) -> None:
     if twice.any():
         row = splits[twice].iloc[0]
         raise SplitsError(f"{row['slide_id']} stands twice in fold {row['fold']}")
-    sides = splits.groupby(["fold", "patient"])["split"].nunique()
-    if (sides > 1).any():
-        fold, patient = sides[sides > 1].index[0]
-        raise SplitsError(f"patient {patient} is on two sides of fold {fold}; all slides of a patient belong to one")
+    for unit in ("patient", "group"):
+        if unit not in splits:
+            continue
+        sides = splits.groupby(["fold", unit])["split"].nunique()
+        if (sides > 1).any():
+            fold, name = sides[sides > 1].index[0]
+            raise SplitsError(f"{unit} {name} is on two sides of fold {fold}; all slides of a {unit} belong to one")
     for fold, part in splits.groupby("fold"):
         for split in ("train", "val"):
             if not (part["split"] == split).any():

@@ -1,6 +1,6 @@
 """From a predictions table to numbers with intervals, and to the files that hold them.
 
-- Three views, side by side: pooled out-of-fold slides (patient-clustered bootstrap), every fold, and the mean over
+- Three views, side by side: pooled out-of-fold slides (bootstrap of patients, or groups of them), every fold, and the mean over
   folds with the interval corrected for overlapping training sets. Pooling compares scores of different models, so the
   two can differ: both are shown.
 - With several seeds a pooled number is the mean of each seed's, its bootstrap draws the same patients for all, and
@@ -53,9 +53,9 @@ def evaluate_predictions(
 
     Args:
         predictions: one row per slide and testing fold; see `read_predictions`.
-        labels: slide_id, label (survival: time, event) and optional patient; instead of the predictions' own.
+        labels: slide_id, label (survival: time, event) and optional patient and group; instead of the predictions' own.
         kind, classes, positive: None is read from the columns, `prob_<negative>` before `prob_<positive>`.
-        n_bootstrap: resamples of patients; 0 for no intervals.
+        n_bootstrap: resamples of patients, or groups; 0 for no intervals.
 
     Returns: n_slides, n_evaluated, n_empty, n_failed, n_without_label, …; `pooled`: {"metrics": {name: {value, low,
     high}}, …}; `folds`: {fold: {"metrics": {name: value}}}; `fold_mean`: {name: {value, sd, low, high, n_folds}};
@@ -132,7 +132,7 @@ def compare_predictions(
     replicates = _replicates(
         lambda weights: np.stack(list(_values(a, weights).values()), axis=-1)
         - np.stack(list(_values(b, weights).values()), axis=-1),
-        a.patient, len(names), n_bootstrap=n_bootstrap, seed=seed,
+        a.group, len(names), n_bootstrap=n_bootstrap, seed=seed,
     )  # fmt: skip
     found = {f"leak.encoder.{one}": rows.notes.get("leak.encoder", "") for one, rows in (("a", a), ("b", b))}
     notes = {path: text for path, text in found.items() if text}
@@ -154,8 +154,7 @@ def compare_predictions(
         }
     result: dict[str, Any] = {
         "kind": a.kind,
-        "n_slides": _n(a.slide_id),
-        "n_patients": _n(a.patient),
+        **_sizes(a),
         "n_only_a": len(both[0]) - len(a),
         "n_only_b": len(both[1]) - len(b),
         "n_bootstrap": n_bootstrap,
@@ -165,7 +164,7 @@ def compare_predictions(
     }
     if a.kind == "binary":
         if _n(a.slide_id) == len(a):
-            result["delong_p"] = delong_test(a.label == 1, a.score[:, 1], b.score[:, 1], clusters=a.patient)[1]
+            result["delong_p"] = delong_test(a.label == 1, a.score[:, 1], b.score[:, 1], clusters=a.group)[1]
             result["mcnemar_p"] = mcnemar_exact(a.predicted == a.label, b.predicted == b.label)
         else:
             notes["delong_p"] = "slides are predicted more than once (folds or seeds): use the paired bootstrap"
@@ -211,7 +210,7 @@ def _pooled_view(
     names = list(values)
     replicates = _replicates(
         lambda weights: np.stack(list(_values(rows, weights).values()), axis=-1),
-        rows.patient, len(names), n_bootstrap=n_bootstrap, seed=seed,
+        rows.group, len(names), n_bootstrap=n_bootstrap, seed=seed,
     )  # fmt: skip
     seeds = rows.seeds
     by_seed = [_measure(rows.take(rows.seed == one)) for one in seeds]
@@ -226,7 +225,7 @@ def _pooled_view(
         if len(seeds) > 1:
             entry["seed_sd"] = float(np.std([one[name] for one in by_seed], ddof=1))
         entries[name] = entry
-    view: dict[str, Any] = {"n_slides": _n(rows.slide_id), "n_patients": _n(rows.patient), "metrics": entries}
+    view: dict[str, Any] = {**_sizes(rows), "metrics": entries}
     if len(seeds) > 1:
         view["n_seeds"] = len(seeds)
     if rows.kind == "multilabel":
@@ -247,7 +246,7 @@ def _fold_view(rows: Predictions, path: str, notes: dict[str, str]) -> dict[str,
     for name, value in values.items():
         if np.isnan(value):
             notes[f"{path}.{name}"] = _why_undefined(rows, name)
-    view: dict[str, Any] = {"n_slides": _n(rows.slide_id), "n_patients": _n(rows.patient), "metrics": values}
+    view: dict[str, Any] = {**_sizes(rows), "metrics": values}
     thresholds = np.unique(rows.threshold[~np.isnan(rows.threshold)])
     if rows.kind == "binary":
         view["thresholds"] = thresholds.tolist()
@@ -306,12 +305,12 @@ def _measure(rows: Predictions, weights: np.ndarray | None = None) -> dict[str, 
 
 
 def _replicates(
-    statistic: Callable[[np.ndarray], np.ndarray], patients: np.ndarray, n_metrics: int, *, n_bootstrap: int, seed: int
+    statistic: Callable[[np.ndarray], np.ndarray], groups: np.ndarray, n_metrics: int, *, n_bootstrap: int, seed: int
 ) -> np.ndarray:
     """(B, metrics), or no rows where there is nothing to resample."""
-    if n_bootstrap < 1 or _n(patients) < 2:
+    if n_bootstrap < 1 or _n(groups) < 2:
         return np.zeros((0, n_metrics))
-    return cluster_bootstrap(statistic, patients, n_bootstrap=n_bootstrap, seed=seed)
+    return cluster_bootstrap(statistic, groups, n_bootstrap=n_bootstrap, seed=seed)
 
 
 def _interval(replicates: np.ndarray, name: str, confidence: float) -> tuple[Interval, str | None]:
@@ -320,11 +319,11 @@ def _interval(replicates: np.ndarray, name: str, confidence: float) -> tuple[Int
     if name in _NO_BOOTSTRAP:
         return none, f"no interval: {_NO_BOOTSTRAP[name]}"
     if replicates.size == 0:
-        return none, "no interval: fewer than two patients, or no resamples asked for"
+        return none, "no interval: fewer than two patients (or groups), or no resamples asked for"
     interval = percentile_interval(replicates, confidence=confidence)
     if np.isnan(interval.low):
         defined = int(np.isfinite(replicates).sum())
-        return none, f"no interval: defined in {defined} of {replicates.size} resamples of the patients"
+        return none, f"no interval: defined in {defined} of {replicates.size} resamples of the patients (or groups)"
     if interval.low == interval.high:
         return interval, "every resample gives the same number: too few or too easy slides for a meaningful interval"
     return interval, None
@@ -349,6 +348,16 @@ def _why_undefined(rows: Predictions, name: str) -> str:
         return f"no two of {n} slides have a known order of events"
     n_labels, n_values = np.unique(rows.label).size, np.unique(rows.score).size
     return f"{n} slides with {n_labels} different labels and {n_values} different predictions"
+
+
+def _sizes(rows: Predictions) -> dict[str, int]:
+    """How many slides, patients and, where they are something else, groups."""
+    grouped = (rows.group != rows.patient).any()
+    return {
+        "n_slides": _n(rows.slide_id),
+        "n_patients": _n(rows.patient),
+        **({"n_groups": _n(rows.group)} if grouped else {}),
+    }
 
 
 def _differs(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """How sure a number is: resampled patients, corrected t over folds, DeLong, and what several tests cost.
 
 - The unit is the patient: slides of one patient are drawn together, so ten slides of one person are not ten
-  observations.
+  observations. Where folds kept groups of patients together, such as hospitals, it is the group.
 - Folds share training data, so their plain standard error is too small; `corrected_t_interval` pays for that.
 - A resample is a row of multiplicities, not a copied table: `statistic` gets weights (b, n) and returns (b, ...).
 - Results depend on the seed and the set of patients' names, not on chunk size or free memory.

@@ -63,9 +63,9 @@ def _roc(rows: Predictions, amount: str, n_bootstrap: int, seed: int, confidence
     for colour, (name, label, score) in zip(_cycle(len(curves)), curves, strict=True):
         false_rate, true_rate = roc_points(label, score)
         text = f"{float(auroc(label, score)):.3f}"
-        if len(curves) == 1 and rows.kind != "multilabel" and n_bootstrap > 1 and np.unique(rows.patient).size > 1:
+        if len(curves) == 1 and rows.kind != "multilabel" and n_bootstrap > 1 and np.unique(rows.group).size > 1:
             grid = np.linspace(0.0, 1.0, 101)
-            replicates = _roc_replicates(label, score, rows.patient, grid, n_bootstrap=n_bootstrap, seed=seed)
+            replicates = _roc_replicates(label, score, rows.group, grid, n_bootstrap=n_bootstrap, seed=seed)
             tail = (1.0 - confidence) / 2.0
             defined = replicates[np.isfinite(replicates).all(axis=1), :-1]
             band = np.quantile(defined, [tail, 1.0 - tail], axis=0) if len(defined) else np.full((2, grid.size), np.nan)

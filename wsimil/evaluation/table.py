@@ -5,7 +5,7 @@
 - Ids, folds and class names are text: `007` stays `007`, and a class `1` is found whether a reader made it 1, 1.0 or
   "1".
 - A probability that is missing or impossible on a predicted slide is an error, never a slide quietly left out.
-- A labels table, when given, has the last word on label and patient.
+- A labels table, when given, has the last word on label, patient and group.
 - The columns tell the task: `prob_…` of classes; with `value` beside them grades; several labels where a prediction reads
   `a=1;b=0`; `value` alone a regression or proportion; `risk` (and `surv_<time>`) survival.
 """
@@ -47,13 +47,14 @@ class Predictions:
     classes: tuple[str, ...]  # binary: (negative, positive); the labels of a multi-label task; empty for values and survival
     slide_id: np.ndarray  # (n,) str
     patient: np.ndarray  # (n,) str
+    group: np.ndarray  # (n,) str: what the folds kept together and intervals resample; the patient where the table has no groups
     fold: np.ndarray  # (n,) str
     seed: np.ndarray  # (n,) str
     label: np.ndarray  # (n,) class index; the target of a regression; the time of an event or censoring; (n, L) 0, 1 or NaN
     event: np.ndarray  # (n,) bool, survival: the event happened; else False
     score: np.ndarray  # (n, classes) probabilities; (n,) value or risk
     predicted: np.ndarray  # (n,) class index, (n, L) of several labels; zeros without classes
-    threshold: np.ndarray  # (n,) of the binary decision; NaN where the table does not say
+    threshold: np.ndarray  # (n,) of the binary decision, on the positive class; NaN where the table does not say
     survival: np.ndarray  # (n, H) chance of being without the event at the horizons
     horizons: tuple[float, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)  # slides of the whole table by what became of them
@@ -125,7 +126,7 @@ def check_predictions(
     `value`, `risk`.
 
     Args:
-        labels: slide_id with label (survival: as `12.5+`, or time and event) and optional patient; instead of what
+        labels: slide_id with label (survival: as `12.5+`, or time and event) and optional patient and group; instead of what
             `predictions` says.
         positive: the positive one of two classes; default the second.
 
@@ -142,6 +143,7 @@ def check_predictions(
     counts = {
         "n_slides": _n_slides(table),
         "n_patients": int(table["patient"].nunique()),
+        **({"n_groups": int(table["group"].nunique())} if (table["group"] != table["patient"]).any() else {}),
         **{f"n_{status}": _n_slides(table[tested & (table["status"] == status)]) for status in _STATUSES[1:]},
         "n_without_label": _n_slides(table[predicted & ~table["labelled"]]),
         "n_not_test": len(set(table.loc[~tested, "slide_id"]) - set(table.loc[tested, "slide_id"])),
@@ -217,7 +219,8 @@ def _joined(table: Any, labels: Any, kind: str) -> tuple[Any, dict[str, str]]:
         missing = [column for column in ("slide_id", *truth) if column not in labels]
         if missing:
             raise LabelsError(f"labels have no column {missing[0]}; they have {', '.join(map(str, labels.columns))}")
-        given = labels[["slide_id", *truth, *(["patient"] if "patient" in labels else [])]].copy()
+        owners = [column for column in ("patient", "group") if column in labels]
+        given = labels[["slide_id", *truth, *owners]].copy()
         given["slide_id"] = _text(given["slide_id"])
         given = given.drop_duplicates()
         if given["slide_id"].duplicated().any():
@@ -229,19 +232,19 @@ def _joined(table: Any, labels: Any, kind: str) -> tuple[Any, dict[str, str]]:
             differ = int(((there != here) & (there != "") & (here != "")).sum())
             if differ:
                 notes["labels"] = f"{differ} rows have another label than the labels table, which was used"
-        if "patient" in by_slide:
-            known = _text(table["slide_id"].map(by_slide["patient"]))
-            own = _text(table["patient"]) if "patient" in table else ""
-            table["patient"] = known.where(known != "", own)
+        for column in owners:
+            known = _text(table["slide_id"].map(by_slide[column]))
+            table[column] = known.where(known != "", _text(table[column]) if column in table else "")
         for column in truth:
             table[column] = table["slide_id"].map(by_slide[column])
     missing = [column for column in truth if column not in table]
     if missing:
         raise LabelsError(f"no column {missing[0]} in the predictions; pass the labels table")
     table["labelled"] = ~table[truth].map(_is_missing).any(axis=1)
-    for column, default in (("patient", ""), ("fold", "0"), ("seed", "0"), ("split", "test"), ("status", "done")):
+    for column, default in (("patient", ""), ("group", ""), ("fold", "0"), ("seed", "0"), ("split", "test"), ("status", "done")):
         table[column] = _text(table[column]) if column in table else default
     table["patient"] = table["patient"].where(table["patient"] != "", table["slide_id"])
+    table["group"] = table["group"].where(table["group"] != "", table["patient"])
     unknown = table.loc[~table["status"].isin(_STATUSES), "status"]
     if len(unknown):
         raise UsageError(f"status {unknown.iloc[0]!r} is unknown; expected one of {', '.join(_STATUSES)}")
@@ -295,7 +298,10 @@ def _arrays(rows: Any, kind: str, classes: tuple[str, ...], counts: dict[str, in
         label = _class_indices(rows, "label", classes)
         score = rows[[_PREFIX + name for name in classes]].to_numpy(dtype=np.float64)
         if kind == "binary":
-            predicted = (score[:, 1] >= np.where(np.isnan(threshold), 0.5, threshold)).astype(np.int64)
+            # the threshold is of the table's own positive class, its second column, whichever is asked for
+            own = int(rows.columns.get_loc(_PREFIX + classes[1]) > rows.columns.get_loc(_PREFIX + classes[0]))
+            predicted = np.where(score[:, own] >= np.where(np.isnan(threshold), 0.5, threshold), own, 1 - own)
+            threshold = threshold if own else 1 - threshold
         elif kind == "ordinal":  # the median grade
             predicted = (np.cumsum(score, axis=1)[:, :-1] < 0.5).sum(axis=1)
         else:
@@ -318,7 +324,7 @@ def _arrays(rows: Any, kind: str, classes: tuple[str, ...], counts: dict[str, in
             raise LabelsError(f"slide {slide}: event {unknown.iloc[0]!r} is not 0 or 1")
         event = events.isin(["1", "true"]).to_numpy(dtype=bool)
         survival, horizons = _chances(rows, notes)
-    ids = {name: rows[name].to_numpy(dtype=str) for name in ("slide_id", "patient", "fold", "seed")}
+    ids = {name: rows[name].to_numpy(dtype=str) for name in ("slide_id", "patient", "group", "fold", "seed")}
     return Predictions(
         kind, classes, **ids, label=label, event=event, score=score, predicted=predicted, threshold=threshold,
         survival=survival, horizons=horizons, counts=counts, notes=notes,

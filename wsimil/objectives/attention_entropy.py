@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from wsimil.batch import BagBatch, Objective
+from wsimil.config import Range
 from wsimil.errors import ConfigError
 from wsimil.objectives.wrapping import Wrapping, listening
 
@@ -29,7 +30,7 @@ class AttentionEntropy(Wrapping):
         weight: λ, per nat.
     """
 
-    def __init__(self, inner: Objective, *, weight: float = 0.1) -> None:
+    def __init__(self, inner: Objective, *, weight: Annotated[float, Range(0)] = 0.1) -> None:
         super().__init__(inner)
         self.weight = weight
 

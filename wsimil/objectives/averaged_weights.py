@@ -9,12 +9,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from wsimil.batch import Objective
+from wsimil.config import Range
 from wsimil.objectives.wrapping import Wrapping
 
 __all__ = ["AveragedWeights"]
@@ -32,7 +33,7 @@ class AveragedWeights(Wrapping):
     average: nn.Module
     step: Tensor
 
-    def __init__(self, inner: Objective, *, decay: float = 0.999) -> None:
+    def __init__(self, inner: Objective, *, decay: Annotated[float, Range(0, below=1)] = 0.999) -> None:
         super().__init__(inner)
         self.decay = decay
         # a tuple, not a module: the model is not the objective's state

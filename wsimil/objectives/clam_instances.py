@@ -5,6 +5,7 @@ Lu, Williamson, Chen et al. 2021 (arXiv 2004.09666). A linear judge for each cla
 
 - Of the true class the k most attended tiles are labelled 1 and the k least 0. With `subtyping` the classes exclude one another:
   the most attended tiles of every other class are labelled 0 by its judge, and the loss is averaged over the classes.
+- Of a slide whose label is probabilities the likeliest class is taken for the true one (of equals the first).
 - A bag of fewer than k tiles gives all it has: k' = min(k, N). The authors' code stops with an error there.
 - Which tiles are chosen follows the attention and passes no gradient; the judged embeddings do.
 """
@@ -12,12 +13,14 @@ Lu, Williamson, Chen et al. 2021 (arXiv 2004.09666). A linear judge for each cla
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsimil.batch import BagOutput, LabelledBags
+from wsimil.config import Range
 from wsimil.errors import ConfigError
 from wsimil.objectives.slide_label import SlideLabel
 from wsimil.objectives.wrapping import Wrapping
@@ -52,7 +55,7 @@ class ClamInstances(Wrapping):
         hidden: int,
         *,
         k: int = 8,
-        share: float = 0.3,
+        share: Annotated[float, Range(0, 1)] = 0.3,
         subtyping: bool = False,
         loss: str = "cross_entropy",
     ) -> None:
@@ -86,14 +89,15 @@ class ClamInstances(Wrapping):
                 "ClamInstances needs a model with one attention, or one for each output, and tile embeddings, such as clam_sb"
             )
         per_bag = []
-        for label, (start, end) in zip(batch.targets.tolist(), pairwise(batch.bags.offsets.tolist()), strict=True):
-            bag = [self._judge(index, index == int(label), attention[start:end], tiles[start:end]) for index in self._asked(label)]
+        classes = self.slide_label.task.likeliest(batch.targets).tolist()
+        for true, (start, end) in zip(classes, pairwise(batch.bags.offsets.tolist()), strict=True):
+            bag = [self._judge(index, index == true, attention[start:end], tiles[start:end]) for index in self._asked(true)]
             per_bag.append(torch.stack(bag).mean())
         return torch.stack(per_bag)
 
-    def _asked(self, label: float) -> list[int]:
+    def _asked(self, true: int) -> list[int]:
         """Classes whose judges see a slide."""
-        return list(range(len(self.judges))) if self.subtyping else [int(label)]
+        return list(range(len(self.judges))) if self.subtyping else [true]
 
     def _judge(self, index: int, is_true: bool, attention: Tensor, tiles: Tensor) -> Tensor:
         """Loss of class `index` on one bag: attention (N, K), tiles (N, H)."""

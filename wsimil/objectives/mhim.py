@@ -19,11 +19,13 @@ import math
 import zlib
 from dataclasses import replace
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from wsimil.batch import BagBatch, BagOutput, LabelledBags, Objective
+from wsimil.config import Range
 from wsimil.errors import ConfigError
 from wsimil.objectives.wrapping import Wrapping, listening
 
@@ -73,7 +75,7 @@ class MaskedHardInstances(Wrapping):
         high: float = 0.03,
         among: float = 0.5,
         low: float = 0.0,
-        consistency: float = 0.1,
+        consistency: Annotated[float, Range(0)] = 0.1,
         temperature: float = 0.1,
         momentum: float = 0.9999,
         seed: int = 0,

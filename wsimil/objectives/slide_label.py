@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from wsimil.batch import BagOutput, LabelledBags, Objective
+from wsimil.config import Range
 from wsimil.objectives.risk_bank import RiskBank
 from wsimil.task import Task
 
@@ -29,8 +31,8 @@ class SlideLabel(Objective):
         task: Task,
         *,
         order: Callable[[int], Iterable[int]] | None = None,
-        bag_weight: float = 1.0,
-        extra_weight: float = 1.0,
+        bag_weight: Annotated[float, Range(0)] = 1.0,
+        extra_weight: Annotated[float, Range(0)] = 1.0,
     ) -> None:
         super().__init__()
         self.task, self.order = task, order

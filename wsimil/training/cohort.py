@@ -33,7 +33,7 @@ __all__ = ["Cohort", "check_not_seen", "prepare_cohort"]
 class Cohort:
     """Labelled slides with their folds."""
 
-    labels: pd.DataFrame  # slide, slide_id, patient, site, label
+    labels: pd.DataFrame  # slide, slide_id, patient, site, label; with --group, group
     splits: pd.DataFrame
     task: Task
 
@@ -72,8 +72,10 @@ def prepare_cohort(
     given = read_splits(splits)
     given["slide_id"] = match_slides(given["slide_id"], known)
     # whose a slide is, the label table says; two names may turn out to be one slide: so the check comes after
-    patients = dict(zip(table["slide_id"].tolist(), table["patient"].tolist(), strict=True))
-    given["patient"] = [patients.get(name, patient) for name, patient in zip(given["slide_id"], given["patient"], strict=True)]
+    by_slide = table.set_index("slide_id")
+    for column in ["patient", "group"] if "group" in table else ["patient"]:
+        said = given["slide_id"].map(by_slide[column])
+        given[column] = said.where(said.notna(), given["patient"])
     check_splits(given)
     unknown = sorted(set(given["slide_id"]) - set(table["slide_id"]))
     if unknown:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from wsimil.batch import Objective
-from wsimil.config import TrainConfig, nearest
+from wsimil.config import TrainConfig, checked_options, nearest
 from wsimil.errors import ConfigError
 from wsimil.objectives import AttentionEntropy, AveragedWeights, ClamInstances, MaskedHardInstances, SlideLabel
 from wsimil.objectives.samplers import balanced_order, risk_set_order
@@ -18,13 +18,16 @@ from wsimil.task import Task, survival_of
 __all__ = ["OBJECTIVES", "PREFERRED", "build_objective"]
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "slide_label": lambda slide_label, config, **weights: SlideLabel(slide_label.task, order=slide_label.order, **weights),
-    "clam_instances": lambda slide_label, config, **options: ClamInstances(slide_label, config.hidden, **options),
-    "mhim": lambda slide_label, config, **options: MaskedHardInstances(slide_label, seed=config.seed, **options),
-    "attention_entropy": lambda slide_label, config, **options: AttentionEntropy(slide_label, **options),
-    "averaged_weights": lambda slide_label, config, **options: AveragedWeights(slide_label, **options),
+    "slide_label": SlideLabel,
+    "clam_instances": ClamInstances,
+    "mhim": MaskedHardInstances,
+    "attention_entropy": AttentionEntropy,
+    "averaged_weights": AveragedWeights,
 }
-"""Name → what makes it from the slides' loss, the settings and its own options."""
+"""Name → class; all but the slides' own loss are made around it. Annotations say what options may be."""
+
+_SETTINGS = {"clam_instances": ("hidden",), "mhim": ("seed",)}
+"""Name → arguments that are settings of the training."""
 
 PREFERRED = {"clam_sb": "clam_instances", "clam_mb": "clam_instances"}
 """Aggregator → objective of its paper, where it is not the slides' labels alone; for tasks of exclusive classes."""
@@ -34,16 +37,20 @@ def build_objective(config: TrainConfig, task: Task, labels: Sequence[str]) -> O
     """The objective that the settings ask for; `labels` are those of the training slides, in their order.
 
     Raises:
-        ConfigError: no such objective, not its options, or not for this task.
+        ConfigError: no such objective, not its options, one of the wrong kind or out of range, or not for this task.
     """
     name = config.objective
     if name == "auto":
         name = PREFERRED.get(config.aggregator, "slide_label") if task.kind in ("binary", "multiclass") else "slide_label"
     if name not in OBJECTIVES:
         raise ConfigError(f"objective {name!r} is unknown{nearest(name, OBJECTIVES)} (known: {', '.join(OBJECTIVES)})")
-    options = config.options_of("objective_options")
+    options = checked_options(OBJECTIVES[name], config.options_of("objective_options"), f"objective {name}")
+    order = _order(config, task, labels)
     try:
-        return OBJECTIVES[name](SlideLabel(task, order=_order(config, task, labels)), config, **options)
+        if name == "slide_label":
+            return SlideLabel(task, order=order, **options)
+        given = {key: getattr(config, key) for key in _SETTINGS.get(name, ())}
+        return OBJECTIVES[name](SlideLabel(task, order=order), **given, **options)
     except TypeError as error:
         if not options:
             raise

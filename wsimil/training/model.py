@@ -37,8 +37,10 @@ def differences(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
     return [", ".join(f"{key} {one.get(key)}" for key in keys) for one in recipes]
 
 
-def build_aggregator(content: Mapping[str, Any], task: Task) -> Aggregator:
+def build_aggregator(content: Mapping[str, Any], task: Task, *, check: bool = True) -> Aggregator:
     """A fresh aggregator as `model.json` describes it: aggregator, dim, hidden, dropout and its own options.
+
+    Without `check`, options may have any value that a model was once trained with.
 
     Raises:
         ConfigError: no such aggregator, or not its options.
@@ -46,7 +48,7 @@ def build_aggregator(content: Mapping[str, Any], task: Task) -> Aggregator:
     options = content.get("aggregator_options", {})  # models older than options had none
     sizes = {"hidden": content["hidden"], "dropout": content["dropout"]}
     try:
-        return make_aggregator(content["aggregator"], content["dim"], task.n_outputs, **sizes, **options)
+        return make_aggregator(content["aggregator"], content["dim"], task.n_outputs, **sizes, check=check, **options)
     except TypeError as error:
         if not options:
             raise
@@ -95,7 +97,7 @@ def load_model(run: str | Path) -> TrainedModel:
     except TypeError as error:
         raise UsageError(f"{run}: its filter {content['filter']} has keys this wsimil does not know; upgrade it") from error
     task = Task.from_json(content["task"])
-    model = Standardized(build_aggregator(content, task))
+    model = Standardized(build_aggregator(content, task, check=False))
     model.load_state_dict(state)
     model.eval()
     return TrainedModel(

@@ -25,7 +25,7 @@ from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import splits_hash, write_splits
 from wsimil.batch import Aggregator
 from wsimil.config import Settings, TrainConfig, save_settings
-from wsimil.errors import SplitsError, UsageError
+from wsimil.errors import LabelsError, SplitsError, UsageError
 from wsimil.evaluation.calibration import calibrate
 from wsimil.extraction.extract import resolve_device
 from wsimil.files import atomic_path, hash_of, read_json, write_json
@@ -175,7 +175,10 @@ def _plan(out: Path, bags: BagFolder, cohort: Cohort, fold: int, config: TrainCo
         if not members:
             raise SplitsError(f"fold {fold}: no {side} slide has a label and a bag with tiles")
     labels = {side: [text[name] for name in members] for side, members in ids.items()}
-    task = cohort.task.fitted(labels["train"], config, validation=labels["val"])
+    try:
+        task = cohort.task.fitted(labels["train"], config, validation=labels["val"])
+    except LabelsError as error:
+        raise LabelsError(f"fold {fold}: {error}") from None
     targets = {side: task.encode(members) for side, members in labels.items()}
     balance = config.balance and config.sampling != "balanced"  # both would pay twice
     weights = {side: task.slide_weights(targets[side], targets["train"]) if balance else None for side in ids}
