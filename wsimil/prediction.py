@@ -31,6 +31,7 @@ from wsimil.extraction.job import Row, slides_of_job
 from wsimil.files import atomic_path, file_sha256, hash_of, sweep_temporary_files
 from wsimil.hdf5 import Dataset, write_hdf5
 from wsimil.progress import progress
+from wsimil.table import Table
 from wsimil.task import Task, survival_of
 from wsimil.training import TrainedModel, load_model
 
@@ -127,7 +128,7 @@ class _Run:
 
     models: list[TrainedModel]
     splits: pd.DataFrame
-    labels: pd.DataFrame  # by slide_id
+    labels: Table  # by slide_id
 
     @property
     def task(self) -> Task:
@@ -139,10 +140,11 @@ class _Run:
 
     def models_for(self, slide_id: str) -> tuple[list[TrainedModel], str, str]:
         """Models that may predict a slide, the fold they stand for, and the slide's split: test or new."""
-        mine = self.splits[self.splits["slide_id"] == slide_id]
-        if mine.empty and slide_id in self.labels.index:  # an empty or failed slide of a patient (or group) who was trained on
-            units = self.labels["group" if "group" in self.labels else "patient"]
-            mine = self.splits[self.splits["slide_id"].isin(units.index[units == units[slide_id]])]
+        mine, labels = self.splits[self.splits["slide_id"] == slide_id], self.labels
+        if mine.empty and slide_id in labels.index:  # an empty or failed slide of a patient (or group) who was trained on
+            units = labels["group" if "group" in labels else "patient"]
+            others = units.index[units == units[slide_id]]
+            mine = self.splits[self.splits["slide_id"].isin(others)]
         if mine.empty:
             return self.models, "ensemble", "new"
         folds = sorted(set(mine.loc[mine["split"] == "test", "fold"].tolist()))
