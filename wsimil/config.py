@@ -712,8 +712,9 @@ def checked_options(make: Callable[..., Any], options: Mapping[str, Any], whose:
     hints = typing.get_type_hints(make.__init__, include_extras=True)
     for name in hints.keys() & options.keys():
         hint = hints[name]
-        kinds = {int: Annotated[int, Range(1)], int | None: Annotated[int, Range(1)] | None}
-        checked[name] = _coerce(kinds.get(hint, hint), options[name], f"{whose}: {name}")
+        value = checked[name] = _coerce(hint, options[name], f"{whose}: {name}")
+        if hint in (int, int | None) and value is not None:
+            _require(value in Range(1), f"{whose}: {name} is {value}; expected {Range(1)}")
     return checked
 
 

@@ -34,6 +34,7 @@ from wsimil.extraction.job import Row, slides_of_job
 from wsimil.files import atomic_path, file_sha256, hash_of, sweep_temporary_files
 from wsimil.hdf5 import Dataset, write_hdf5
 from wsimil.progress import progress
+from wsimil.table import Table
 from wsimil.task import Task, agreed, survival_of
 from wsimil.training import TrainedModel, load_model
 from wsimil.training.model import differences
@@ -136,7 +137,7 @@ class _Run:
 
     models: list[TrainedModel]
     splits: pd.DataFrame
-    labels: pd.DataFrame  # by slide_id
+    labels: Table  # by slide_id
 
     @property
     def task(self) -> Task:
@@ -148,10 +149,11 @@ class _Run:
 
     def models_for(self, slide_id: str) -> dict[str, list[TrainedModel]]:
         """Fold → its models, of the folds that a slide is in test in; of a new slide `ensemble` → all."""
-        mine = self.splits[self.splits["slide_id"] == slide_id]
-        if mine.empty and slide_id in self.labels.index:  # an empty or failed slide of a patient (or group) who was trained on
-            units = self.labels["group" if "group" in self.labels else "patient"]
-            mine = self.splits[self.splits["slide_id"].isin(units.index[units == units[slide_id]])]
+        mine, labels = self.splits[self.splits["slide_id"] == slide_id], self.labels
+        if mine.empty and slide_id in labels.index:  # an empty or failed slide of a patient (or group) who was trained on
+            units = labels["group" if "group" in labels else "patient"]
+            others = units.index[units == units[slide_id]]
+            mine = self.splits[self.splits["slide_id"].isin(others)]
         if mine.empty:
             return {ENSEMBLE: self.models}
         folds = sorted(set(mine.loc[mine["split"] == "test", "fold"].tolist()))
