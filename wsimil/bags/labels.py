@@ -40,10 +40,10 @@ def read_labels(
 ) -> Table:
     """Columns `slide, patient, site, label`, all text; rows without a label have an empty one.
 
-    `patient` is the slide itself where it is empty, and the `group` where the table has no such column; `site` is empty where there
-    is none. With a `group` other than the patient there is a column `group`: the least parts that tear neither a patient nor a value
-    of that column apart, named by its values (`A`; `A+B` where a patient has slides in both; of slides without one, by the patient).
-    With `test`, the column that names an official test set, there is a column `official` of its values.
+    `patient` is the slide itself where it is empty, and the `group` where the table has no such column; `site` is empty where
+    there is none. With a `group` other than the patient there is a column `group`: the least parts that tear neither a patient nor
+    a value of that column apart, named by its values (`A`; `A+B` where a patient has slides in both; of slides without one, by the
+    patient). With `test`, the column that names an official test set, there is a column `official` of its values.
 
     Raises:
         LabelsError: no such file or column, a slide without a name.
