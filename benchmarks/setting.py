@@ -54,7 +54,7 @@ def make_slide(folder: Path, *, block_px: int, chroma: str, side_px: int, downsa
                 tile=(block_px, block_px),
                 photometric="rgb",
                 compression="jpeg",
-                subsampling={"420": (2, 2), "422": (2, 1)}[chroma],
+                subsampling={"420": (2, 2), "422": (2, 1), "444": (1, 1)}[chroma],
                 description=f"Aperio Image Library v11.2.1\r\n{side_px}x{side_px} ({block_px}x{block_px}) JPEG|MPP = 0.2500",
                 metadata=None,
             )
