@@ -359,6 +359,10 @@ class PretrainConfig:
     source: Literal["auto", "slides", "tiles"] = option(
         "auto", "what SLIDES holds; auto: tiles where all files are plain images no larger than 1.5 times --tile-px"
     )
+    stain: Literal["none", "macenko", "reinhard"] = option(
+        "none", "give all slides the colours of one target, as `extract --stain` will; none: views vary the slides' own colours"
+    )
+    stain_target: str | None = option(None, "image whose tissue the colours are taken from; default: published H&E values")
     fold: str | None = option(None, "with --splits: the fold whose training slides are used; may be left out where there is one")
     transductive: bool = option(False, "use test slides too, without labels; recorded, and said with every result")
     accumulate: int = option(1, "parts of a step that are computed one after the other: a larger batch than fits the device")

@@ -109,3 +109,21 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> type[OwnPool]:
     monkeypatch.setattr("wsimil.pretraining.feed.ReaderPool", OwnPool)
     monkeypatch.setattr(OwnPool, "seed", 0)
     return OwnPool
+
+
+@pytest.fixture
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that are carried out here, one slide after the other."""
+
+    def run_here(job, files, stage, *, config, tile_bytes=1, quiet=False):
+        rows = []
+        for file in files:
+            function, arguments = stage.first_call(file)
+            module, name = function.split(":")
+            reading = Reading(mmap.mmap(-1, 1), 1, lambda *word: None)
+            rows.append(stage.begin(file, getattr(import_module(module), name)(reading, *arguments)))
+            reading.forget_slides()
+        return rows
+
+    for module in ("tile", "mosaic", "stains"):
+        monkeypatch.setattr(f"wsimil.extraction.{module}.run_slides", run_here)

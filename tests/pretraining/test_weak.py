@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ from wsimil.encoders import load_encoder
 from wsimil.errors import EncoderError, LabelsError, UsageError
 from wsimil.extraction.job import Job
 from wsimil.extraction.mosaic import mosaic_file, mosaic_slides, read_mosaic
-from wsimil.extraction.reader import Reading
 from wsimil.pretraining.feed import TileBatch
 from wsimil.pretraining.index import index_slides, index_tiles
 from wsimil.pretraining.labels import with_labels, with_mosaics
@@ -93,24 +90,6 @@ def test_labels_belong_to_the_method_that_learns_from_them(tiles, tmp_path):
         pretrain(tiles, tmp_path / "run", settings=settings, quiet=True)
     with pytest.raises(UsageError, match="learns without labels"):
         pretrain(tiles, tmp_path / "run", labels=tmp_path / "labels.csv", settings=Settings(), quiet=True)
-
-
-@pytest.fixture
-def no_processes(monkeypatch):
-    """Stages that are carried out here, one slide after the other."""
-
-    def run_here(job, files, stage, *, config, tile_bytes=1, quiet=False):
-        rows = []
-        for file in files:
-            function, arguments = stage.first_call(file)
-            module, name = function.split(":")
-            reading = Reading(mmap.mmap(-1, 1), 1, lambda *word: None)
-            rows.append(stage.begin(file, getattr(import_module(module), name)(reading, *arguments)))
-            reading.forget_slides()
-        return rows
-
-    for module in ("tile", "mosaic"):
-        monkeypatch.setattr(f"wsimil.extraction.{module}.run_slides", run_here)
 
 
 def test_a_mosaic_is_part_of_the_slide_and_made_once(slides, tmp_path, no_processes):

@@ -61,6 +61,7 @@ class EncoderContract:
     note: str = ""
     seen: tuple[tuple[str, str], ...] = ()  # slides it was trained on: id, and the start of the fingerprint ("" of tile folders)
     transductive: bool = False  # trained on slides that are tested, knowingly
+    stain: str = ""  # how the colours of its training tiles were made alike: none, macenko, reinhard; empty: not known
 
     def __post_init__(self) -> None:
         if self.dim < 0 or (self.tile_px is not None and self.tile_px < 1) or min(self.std) <= 0:
@@ -104,6 +105,13 @@ class EncoderContract:
             "interpolation": self.interpolation,
             "pooling": self.pooling,
         }
+
+    def stain_remark(self, stain: str) -> str | None:
+        """A sentence if its training tiles had their colours from elsewhere than tiles normalised by `stain` have."""
+        if not self.stain or self.stain == stain:
+            return None
+        trained, given = ("the slides' own colours" if one == "none" else f"colours by {one}" for one in (self.stain, stain))
+        return f"encoder {self.name} was trained on {trained} and would see {given}; it asks for --stain {self.stain}"
 
     def scale_remark(self, *, mpp: float, tile_px: int) -> str | None:
         """A sentence if the network would see tissue at a scale it was not trained at; tiles of `tile_px` pixels at `mpp` µm/px."""

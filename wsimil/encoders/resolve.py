@@ -257,7 +257,7 @@ def _seen(how_trained: Any) -> dict[str, Any]:
     if not isinstance(slides, Mapping):
         return {}
     seen = tuple((str(name).rpartition("/")[2], str(content or "")) for name, content in slides.items())
-    return {"seen": seen, "transductive": bool(how_trained.get("transductive"))}
+    return {"seen": seen, "transductive": bool(how_trained.get("transductive")), "stain": str(how_trained.get("stain") or "")}
 
 
 def _three(facts: Mapping[str, Any], key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:

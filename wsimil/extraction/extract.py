@@ -85,8 +85,10 @@ def extract_features(
     if extract.encoder == ("texture",):
         say("encoder: texture (built-in colour and gradient statistics; --encoder names a pretrained network)")
     for encoder in encoders:
-        if remark := encoder.contract.scale_remark(mpp=tile.mpp, tile_px=tile.tile_px):
-            say(remark)
+        contract = encoder.contract
+        for remark in (contract.scale_remark(mpp=tile.mpp, tile_px=tile.tile_px), contract.stain_remark(extract.stain)):
+            if remark:
+                say(remark)
     folder = Job(Path(out))
     geometry = folder.geometry_folder(tile.mpp, tile.tile_px, tile.overlap_px)
     bags = tuple(

@@ -29,7 +29,7 @@ from wsimil.slides.stain import SlideStain, StainNormaliser, sample_rows
 if TYPE_CHECKING:
     from wsimil.extraction.reader import Reading
 
-__all__ = ["Prepared", "Wanted", "WantedBag", "prepare", "read_pixels"]
+__all__ = ["Prepared", "Wanted", "WantedBag", "fit_stain", "prepare", "read_pixels"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ def prepare(reading: Reading, file: SlideFile, wanted: Wanted) -> Prepared:
             request=request,
             overwrite_stale=wanted.overwrite_stale,
         )
-        stain = _fit_stain(reading, slide, tiled, wanted) if wanted.stain and len(tiled.tiles.coords_level0_px) else None
+        stain = None
+        if wanted.stain is not None and len(tiled.tiles.coords_level0_px):
+            stain = fit_stain(reading, slide, tiled, wanted.stain, tile_px=wanted.tile.tile_px, dct_scaled=wanted.dct_scaled)
         return Prepared(slide_fingerprint, hashes, missing, len(tiled.tiles.coords_level0_px), tiled, stain)
 
 
@@ -144,17 +146,22 @@ def read_pixels(
         done += len(pixels)
 
 
-def _fit_stain(reading: Reading, slide: Slide, tiled: TiledSlide, wanted: Wanted) -> SlideStain:
-    """The slide's own stain, from a sample of its tiles."""
-    assert wanted.stain is not None
-    tiles, side = tiled.tiles, wanted.tile.tile_px
+def fit_stain(
+    reading: Reading, slide: Slide, tiled: TiledSlide, normaliser: StainNormaliser, *, tile_px: int, dct_scaled: bool = False
+) -> SlideStain:
+    """The slide's own stain, from a sample of its tiles.
+
+    Raises:
+        SlideError: it cannot be estimated.
+    """
+    tiles = tiled.tiles
     clean = np.flatnonzero(tiles.qc["pen"] == 0)  # ink has a colour of its own
     rows = clean if len(clean) else np.arange(len(tiles.coords_level0_px))
     coords = tiles.coords_level0_px[rows[sample_rows(len(rows))]]
-    sample = np.empty((len(coords), side, side, 3), np.uint8)
-    reader = reading.tiles(slide, tile_level0_px=tiles.tile_level0_px, tile_px=side, dct_scaled=wanted.dct_scaled)
+    sample = np.empty((len(coords), tile_px, tile_px, 3), np.uint8)
+    reader = reading.tiles(slide, tile_level0_px=tiles.tile_level0_px, tile_px=tile_px, dct_scaled=dct_scaled)
     failures = reader.walk(coords).read(sample)
-    return wanted.stain.fit(np.delete(sample, list(failures), axis=0))
+    return normaliser.fit(np.delete(sample, list(failures), axis=0))
 
 
 def _recipe_hashes(request: Request, wanted: Wanted) -> tuple[str, ...]:
@@ -162,10 +169,7 @@ def _recipe_hashes(request: Request, wanted: Wanted) -> tuple[str, ...]:
     if wanted.stain is not None:
         recipe["stain"] = wanted.stain.recipe()
     return tuple(
-        hash_of(
-            {**recipe, "resampler": wanted.resampler, "quality": QUALITY_VERSION, **bag.recipe}
-        )
-        for bag in wanted.bags
+        hash_of({**recipe, "resampler": wanted.resampler, "quality": QUALITY_VERSION, **bag.recipe}) for bag in wanted.bags
     )
 
 

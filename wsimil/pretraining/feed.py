@@ -31,6 +31,7 @@ from wsimil.pretraining.index import MAX_FAILED
 from wsimil.pretraining.sampler import Draw, TileSampler
 from wsimil.slides.cohort import SlideFile
 from wsimil.slides.slide import Slide
+from wsimil.slides.stain import SlideStain
 from wsimil.slides.tiles import MAX_INVALID, TileReader, TileWalk, open_tiles
 
 if TYPE_CHECKING:
@@ -68,7 +69,14 @@ class BoxPixels:
     shown: np.ndarray  # (n,) float32; -1 where the box could not be read
 
 
-def read_boxes(reading: Reading, file: SlideFile, boxes_level0_px: np.ndarray, tile_px: int, one_scale: bool) -> None:
+def read_boxes(
+    reading: Reading,
+    file: SlideFile,
+    boxes_level0_px: np.ndarray,
+    tile_px: int,
+    one_scale: bool,
+    stain: SlideStain | None,
+) -> None:
     """Fill memory with boxes of a slide: (n, 3), x, y and side; `one_scale`: all that are ever asked for have one side."""
     slide = reading.slide(file, None, open_slides=_OPEN_SLIDES)
     tiles = _steady_tiles(slide, boxes_level0_px[0, 2], tile_px, len(boxes_level0_px)) if one_scale else None
@@ -78,7 +86,7 @@ def read_boxes(reading: Reading, file: SlideFile, boxes_level0_px: np.ndarray, t
         return slide.read_box(x, y, side, side, size_px=(tile_px, tile_px))
 
     walk = _Walk(read, SlideReadError) if tiles is None else tiles.walk(boxes_level0_px[:, :2].astype(np.int64))
-    _fill(reading, len(boxes_level0_px), tile_px, walk)
+    _fill(reading, len(boxes_level0_px), tile_px, walk, stain)
 
 
 def read_pictures(reading: Reading, folder: Path, names: list[str], tile_px: int) -> None:
@@ -126,13 +134,15 @@ class _Walk:
         return failures
 
 
-def _fill(reading: Reading, n: int, tile_px: int, walk: TileWalk) -> None:
+def _fill(reading: Reading, n: int, tile_px: int, walk: TileWalk, stain: SlideStain | None = None) -> None:
     done = 0
     while done < n:
         slot, memory = reading.slot(tile_px)
         pixels = memory[: n - done]
         failures = walk.read(pixels)
         share = [-1.0 if done + row in failures else shown(tile) for row, tile in enumerate(pixels)]
+        if stain is not None:
+            pixels[:] = stain(pixels)
         reading.filled(slot, BoxPixels(done, np.array(share, np.float32)))
         done += len(pixels)
 
@@ -436,7 +446,7 @@ class _Work(threading.Thread):
             return f"{__name__}:read_pictures", (slide.file.path, names, side)
         boxes = [(draw.x_level0_px, draw.y_level0_px, self._sampler.side_level0_px(draw)) for draw in job.draws]
         finest, coarsest = self._sampler.mpp_range
-        return f"{__name__}:read_boxes", (slide.file, np.array(boxes), side, finest == coarsest)
+        return f"{__name__}:read_boxes", (slide.file, np.array(boxes), side, finest == coarsest, slide.stain)
 
     def _take(self, event: Done | Failed | Filled | Remark) -> None:
         job = self._jobs[event.call.key]

@@ -20,11 +20,13 @@ from wsimil.bags.bag import read_patches
 from wsimil.config import JobConfig, TileConfig
 from wsimil.errors import UsageError, WsimilError
 from wsimil.extraction.job import Job, Row
+from wsimil.extraction.stains import measure_stains, read_stain, stain_file
 from wsimil.extraction.tile import tile_slides
 from wsimil.files import IMAGE_SUFFIXES, hash_of, slide_id_from_path
 from wsimil.slides.cohort import SlideFile, find_slides
+from wsimil.slides.stain import SlideStain, StainNormaliser
 
-__all__ = ["MAX_FAILED", "IndexedSlide", "TileIndex", "index_slides", "index_tiles"]
+__all__ = ["MAX_FAILED", "IndexedSlide", "TileIndex", "failed_of", "index_slides", "index_tiles", "with_stains"]
 
 MAX_FAILED = 0.1
 """Largest share of slides that a run can do without."""
@@ -44,6 +46,7 @@ class IndexedSlide:
     width: int  # level-0 pixels
     height: int
     pictures: tuple[str, ...] = ()  # (n,) names below `file.path`; none for a slide
+    stain: SlideStain | None = None  # what changes the colours of its tiles; None: they stay
 
     @property
     def area(self) -> float:
@@ -93,12 +96,7 @@ def index_slides(
     if only is not None and (absent := sorted(set(only) - files.keys())):
         raise UsageError(f"{slides}: {len(absent)} slides of the split are not there: {_some(absent)}")
     rows = tile_slides(slides, out, config=tile, job=job, only=only, quiet=quiet)
-    failed = [row for row in rows if row.status == "failed"]
-    if len(failed) > MAX_FAILED * len(rows):
-        raise WsimilError(
-            f"{len(failed)} of {len(rows)} slides failed, more than a tenth: "
-            f"{_some([f'{row.slide_id} ({row.reason})' for row in failed])}; mend them or leave them out of the slide table"
-        )
+    failed_of(rows, "failed")
     left_out = tuple((row.slide_id, row.reason) for row in rows if row.n_tiles == 0)
     if left_out:
         say(f"{len(left_out)} of {len(rows)} slides left out: {_some([f'{name} ({reason})' for name, reason in left_out])}")
@@ -107,6 +105,51 @@ def index_slides(
     if not found:
         raise UsageError(f"{slides}: no tissue on any of the {len(rows)} slides; look at {Path(out) / 'overviews'}")
     return TileIndex(tuple(slide for slide, _ in found), hash_of([identity for _, identity in found]), left_out)
+
+
+def failed_of(rows: list[Row], what: str) -> dict[str, str]:
+    """Failed slides and why; `what` says of the slides what became of them.
+
+    Raises:
+        WsimilError: they are more than a tenth.
+    """
+    failed = {row.slide_id: row.reason for row in rows if row.status == "failed"}
+    if len(failed) > MAX_FAILED * len(rows):
+        some = _some([f"{name} ({reason})" for name, reason in failed.items()])
+        raise WsimilError(
+            f"{len(failed)} of {len(rows)} slides {what}, more than a tenth: {some}; mend them or leave them out of the slide table"
+        )
+    return failed
+
+
+def with_stains(
+    index: TileIndex,
+    slides: str | Path,
+    out: str | Path,
+    normaliser: StainNormaliser,
+    *,
+    tile: TileConfig,
+    job: JobConfig,
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> TileIndex:
+    """The index with each slide's tiles given the colours of one target; a slide whose stain cannot be told is left out.
+
+    Raises:
+        WsimilError: more than a tenth of the slides would be left out.
+    """
+    ids = {slide.slide_id for slide in index.slides}
+    rows = measure_stains(slides, out, normaliser, tile=tile, job=replace(job, shard=None), only=ids, quiet=quiet)
+    lost = failed_of(rows, "have a stain that cannot be estimated")
+    if lost:
+        say(f"stain: {len(lost)} of {len(rows)} slides left out: {_some([f'{name} ({reason})' for name, reason in lost.items()])}")
+    kept = tuple(
+        replace(slide, stain=read_stain(stain_file(Job(Path(out)), tile, slide.slide_id), normaliser))
+        for slide in index.slides
+        if slide.slide_id not in lost
+    )
+    measured = [[slide.slide_id, slide.stain.measured] for slide in kept if slide.stain is not None]
+    return TileIndex(kept, hash_of([index.hash, normaliser.recipe(), measured]), (*index.left_out, *lost.items()))
 
 
 def _read_cells(folder: Path, file: SlideFile, row: Row) -> tuple[IndexedSlide, list[str]]:

@@ -14,12 +14,12 @@ import numpy as np
 
 from wsimil.bags.labels import match_slides
 from wsimil.config import JobConfig, TileConfig
-from wsimil.errors import LabelsError, WsimilError
+from wsimil.errors import LabelsError
 from wsimil.extraction.job import Job
 from wsimil.extraction.mosaic import mosaic_file, mosaic_slides, read_mosaic
 from wsimil.files import hash_of
 from wsimil.pretraining.feed import TileBatch
-from wsimil.pretraining.index import MAX_FAILED, TileIndex
+from wsimil.pretraining.index import TileIndex, failed_of
 from wsimil.table import Table
 
 __all__ = ["LabelledBatch", "SlideClasses", "with_labels", "with_mosaics"]
@@ -90,11 +90,7 @@ def with_mosaics(
     """
     ids = {slide.slide_id for slide in index.slides}
     rows = mosaic_slides(slides, out, most=most, tile=tile, job=replace(job, shard=None), only=ids, quiet=quiet)
-    failed = [row for row in rows if row.status == "failed"]
-    if len(failed) > MAX_FAILED * len(rows):
-        first = f"{failed[0].slide_id} ({failed[0].reason})"
-        raise WsimilError(f"{len(failed)} of {len(rows)} slides have no mosaic, more than a tenth; the first: {first}")
-    lost = {row.slide_id: row.reason for row in failed}
+    lost = failed_of(rows, "have no mosaic")
     kept = []
     for slide in index.slides:
         if slide.slide_id not in lost:

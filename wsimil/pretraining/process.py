@@ -96,7 +96,8 @@ class Plan:
         split = {name: self.facts.get(name) for name in ("splits_hash", "fold")} | {"transductive": self.config.transductive}
         labels = {} if self.labels is None else {"classes": list(self.labels.classes), "labels": hash_of(self.labels.targets)}
         later = {} if as_before else {"accumulate": self.config.accumulate, "init_sha256": self.facts.get("init_sha256", "")}
-        named = {**asdict(self.recipe), **tiles, **split, **labels, **later}
+        stain = {} if self.config.stain == "none" else {"stain": self.config.stain}
+        named = {**asdict(self.recipe), **tiles, **split, **labels, **stain, **later}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in named.items()}
 
     def differs_from(self, there: Mapping[str, Any]) -> list[str]:

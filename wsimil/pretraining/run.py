@@ -35,13 +35,14 @@ from wsimil.extraction.extract import resolve_device
 from wsimil.files import IMAGE_SUFFIXES, atomic_path, hash_of, mark_output, read_json, write_json
 from wsimil.pretraining.feed import TileFeed
 from wsimil.pretraining.health import CURES
-from wsimil.pretraining.index import TileIndex, index_slides, index_tiles
+from wsimil.pretraining.index import TileIndex, index_slides, index_tiles, with_stains
 from wsimil.pretraining.labels import with_labels, with_mosaics
 from wsimil.pretraining.methods import METHODS, check_sizes, network_of, normalised, view_recipe
 from wsimil.pretraining.pictures import view_sheet
 from wsimil.pretraining.presets import Recipe, differences, resolve_recipe
 from wsimil.pretraining.process import LAST, Outcome, Plan, new_loop, train
 from wsimil.slides.cohort import SlideFile, find_slides
+from wsimil.slides.stain import StainNormaliser, StainTarget, stain_normaliser
 from wsimil.table import Table
 
 __all__ = ["Forecast", "Pretrained", "pretrain"]
@@ -132,6 +133,7 @@ def pretrain(
     from_tiles = _holds_tiles(Path(slides), config, tile, say)
     if from_tiles and config.mpp_range is not None:
         raise UsageError("--mpp-range is for slides; tile images are taken at the scale they were cut at (--mpp says which)")
+    normaliser = _normaliser(config, from_tiles)
     only, held_out, split = _training_ids(slides, splits, config, tile, from_tiles, say)
     diagnoses = _diagnoses(labels, settings)
     preview = resolve_recipe(config, n_slides=1)
@@ -146,6 +148,8 @@ def pretrain(
         index = index_tiles(slides, tile_px=tile.tile_px, mpp=tile.mpp, only=only)
     else:
         index = index_slides(slides, out / "index", tile=tile, job=job, only=only, quiet=quiet, say=say)
+        if normaliser is not None:
+            index = with_stains(index, slides, out / "index", normaliser, tile=tile, job=job, quiet=quiet, say=say)
     classes = None
     if diagnoses is not None:
         index, _ = with_labels(index, diagnoses, say=say)
@@ -164,6 +168,7 @@ def pretrain(
         "slides": _slides_by_content(index, start.seen if start is not None else ()),
         "mpp": list(config.scales(tile.mpp)),
         "tile_px": tile.tile_px,
+        "stain": "" if from_tiles else config.stain,
         "versions": {name: version(name) for name in ("wsimil", "torch", "timm")},
     }
     if classes is not None:
@@ -197,6 +202,14 @@ def _device(config: PretrainConfig) -> str:
         if device == "mps":
             raise UsageError("--devices: there is one Apple GPU; leave the option out")
     return device
+
+
+def _normaliser(config: PretrainConfig, from_tiles: bool) -> StainNormaliser | None:
+    if config.stain == "none":
+        return None
+    if from_tiles:
+        raise UsageError(f"--stain {config.stain} is for slides, each of which is measured; normalise tile images beforehand")
+    return stain_normaliser(config.stain, StainTarget.of_image(config.stain_target) if config.stain_target else None)
 
 
 def _diagnoses(labels: str | Path | None, settings: Settings) -> Table | None:
@@ -353,6 +366,7 @@ def _describe(plan: Plan) -> str:
         f"{recipe.arch}{f' of {recipe.depth} blocks' if recipe.depth else ''} from {begins}; "
         f"{len(index.slides)} {what}, {index.n_cells} tiles' worth; {recipe.steps} steps of {recipe.batch_size} tiles, "
         f"learning rate {recipe.lr:.2g}, {plan.config.device} {recipe.precision}"
+        + (f", colours by {plan.config.stain}" if plan.config.stain != "none" else "")
     )
 
 

@@ -75,7 +75,13 @@ class StainTarget:
 
 
 class SlideStain(ABC):
-    """How the colours of one slide change: uint8 (n, h, w, 3) or (h, w, 3) → the same shape."""
+    """How the colours of one slide change: uint8 (n, h, w, 3) or (h, w, 3) → the same shape.
+
+    Attributes:
+        measured: the slide's own stain; `StainNormaliser.of` makes the same change of it again.
+    """
+
+    measured: tuple[float, ...]
 
     @abstractmethod
     def _tile(self, tile: np.ndarray) -> np.ndarray:
@@ -116,6 +122,10 @@ class StainNormaliser:
             raise SlideError(
                 f"its stain cannot be estimated from {len(tiles)} tiles: {error}; run it with --stain none, or set it aside"
             ) from error
+        return self.of(measured)
+
+    def of(self, measured: tuple[float, ...]) -> SlideStain:
+        """The change for a slide that was measured before."""
         return (_MacenkoStain if self.method == "macenko" else _ReinhardStain)(measured, self.target)
 
     def recipe(self) -> dict[str, Any]:
