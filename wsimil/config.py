@@ -137,7 +137,9 @@ class ExtractConfig:
     stain_target: str | None = option(None, "image whose tissue the colours are taken from; default: published H&E values")
     batch_size: int = option(64, "tiles in a forward pass of the encoder")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU when there is one")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "arithmetic of the encoder; auto: bf16 on a GPU, fp32 else")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "arithmetic of the encoder; auto: bf16 on a GPU (fp16 on one without it), fp32 else"
+    )
     feature_dtype: Literal["fp16", "fp32"] = option("fp16", "how features are stored")
     overwrite_stale: bool = option(False, "replace bags that another recipe or another slide file made")
 

@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from wsimil.config import ProbeConfig
 from wsimil.encoders import Encoder, load_encoder, load_random_twin
-from wsimil.errors import LabelsError, WsimilError
+from wsimil.errors import LabelsError, SlideError, WsimilError
 from wsimil.evaluation.intervals import percentile_interval
 from wsimil.evaluation.probe import PROBES, Probed, check_labels, probe_features
-from wsimil.extraction.extract import resolve_device
+from wsimil.extraction.extract import resolve_device, resolve_dtype
 from wsimil.files import IMAGE_SUFFIXES, hash_of, write_json, write_text
 from wsimil.progress import progress
+from wsimil.slides.slide import Slide
 from wsimil.table import Table, read_table, require_column
 
 __all__ = ["ProbeReport", "encode_tiles", "probe", "read_labelled_tiles"]
@@ -255,7 +255,7 @@ def _encoders(config: ProbeConfig) -> list[tuple[str, str | None, Encoder]]:
     device = resolve_device(config.device)
     options: dict[str, Any] = {
         "device": device,
-        "dtype": "bf16" if device.startswith("cuda") else "fp32",
+        "dtype": resolve_dtype(device),
         "embedding": config.embedding,
     }
     named: list[tuple[str, str | None, Encoder]] = [(name, None, load_encoder(name, **options)) for name in config.encoder]
@@ -317,10 +317,10 @@ def _pixels(files: Sequence[Path]) -> list[np.ndarray | str]:
     tiles: list[np.ndarray | str] = []
     for path in files:
         try:
-            with Image.open(path) as image:
-                tile = np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            tiles.append(f"tile {path}: not an image that can be read ({error})")
+            with Slide(path) as picture:  # by the rules of slides: transparent is white, 16 bits are refused
+                tile = picture.read_box(0, 0, picture.width, picture.height, size_px=(picture.width, picture.height))
+        except SlideError as error:
+            tiles.append(f"tile {path}: {error}")
             continue
         height, width = tile.shape[:2]
         fits = height == width and width > 1

@@ -30,7 +30,7 @@ from wsimil.config import LabelsConfig, SearchConfig
 from wsimil.errors import LabelsError, UsageError
 from wsimil.evaluation.intervals import cluster_bootstrap, percentile_interval
 from wsimil.evaluation.metrics import accuracy, balanced_accuracy, confusion_matrix, macro_f1
-from wsimil.extraction.mosaic import read_mosaic
+from wsimil.extraction.mosaic import mosaic_coords, read_mosaic
 from wsimil.files import write_json, write_text
 from wsimil.progress import progress
 from wsimil.slides.mosaic import choose_mosaic
@@ -204,7 +204,7 @@ def mosaics(folder: BagFolder, slide_ids: Iterable[str], config: SearchConfig, *
         chosen = folder.folder.parent / "mosaics" / f"{slide_id}.h5"
         if config.tiles and chosen.exists():
             kept = np.flatnonzero(folder.kept(slide_id))
-            rows = np.flatnonzero(np.isin(kept, read_mosaic(chosen)))
+            rows = np.flatnonzero(np.isin(kept, _mosaic_rows(chosen, folder, slide_id)))
             if rows.size:
                 if rows.size > config.tiles:  # evenly along the slide's rows of tiles
                     rows = rows[np.arange(config.tiles) * rows.size // config.tiles]
@@ -217,6 +217,17 @@ def mosaics(folder: BagFolder, slide_ids: Iterable[str], config: SearchConfig, *
             features = features[choose_mosaic(features, coords, most=config.tiles).rows]
         found[slide_id] = features.astype(np.float32)
     return found
+
+
+def _mosaic_rows(path: Path, folder: BagFolder, slide_id: str) -> np.ndarray:
+    """Rows of the bag that are the tiles of a mosaic; none where the bag has other tiles than the mosaic was chosen from."""
+    rows, coords = read_mosaic(path), mosaic_coords(path)
+    own = folder.headers[slide_id].coords()
+    if rows.size and rows.max() < len(own) and np.array_equal(own[rows], coords):
+        return rows
+    places = {tuple(place): row for row, place in enumerate(own.tolist())}
+    found = [places[place] for place in map(tuple, coords.tolist()) if place in places]
+    return np.array(sorted(found) if len(found) == len(coords) else [], np.int64)
 
 
 def _cdist(one: np.ndarray, other: np.ndarray) -> np.ndarray:

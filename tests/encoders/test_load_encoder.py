@@ -432,6 +432,7 @@ def test_a_missing_file_is_looked_for_under_its_other_name(monkeypatch, tmp_path
         (errors.LocalEntryNotFoundError("connection lost"), "download failed.*connection lost"),
         (TimeoutError("timed out"), "download failed.*timed out"),
         (OSError(28, "No space left on device"), "No space left"),
+        (RuntimeError("data processing error: CAS service"), "download failed.*CAS service"),
     ],
 )
 def test_a_failed_download_says_why(monkeypatch, failure, message):

@@ -93,6 +93,43 @@ def test_the_teacher_of_a_flat_checkpoint_is_taken(tiny):
     assert_same_weights(loaded(state), tiny)
 
 
+def test_the_averaged_weights_are_taken_as_timm_takes_them(tmp_path, tiny):
+    last = {key: torch.zeros_like(value) for key, value in tiny.state_dict().items()}
+    torch.save({"arch": "vit", "state_dict": last, "state_dict_ema": tiny.state_dict()}, tmp_path / "checkpoint.pth.tar")
+    assert_same_weights(loaded(read_weights(tmp_path / "checkpoint.pth.tar")), tiny)
+
+
+def test_loose_tensors_beside_a_network_do_not_hide_it(tmp_path, tiny):
+    torch.save({"model": tiny.state_dict(), "rng": torch.zeros(5), "temperature": torch.ones(())}, tmp_path / "checkpoint.pth")
+    assert_same_weights(loaded(read_weights(tmp_path / "checkpoint.pth")), tiny)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["efficientnet_b0", "mobilenetv3_small_050", "mnasnet_small", "ghostnet_050", "convnext_atto"]
+)
+def test_stages_and_their_blocks_are_no_chunks(architecture):
+    network = build_network(architecture, {})
+    assert_same_weights(loaded(network.state_dict(), {}, architecture), network)
+
+
+def test_files_that_did_not_count_their_batches_are_loaded():
+    network = build_network("resnet10t", {})
+    state = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
+    assert len(state) < len(network.state_dict())
+    assert_same_weights(loaded(state, {}, "resnet10t"), network)
+
+
+def test_the_decoder_of_a_masked_autoencoder_is_left_out(tiny):
+    decoder = {
+        "decoder_embed.weight": torch.ones(8, 24),
+        "decoder_blocks.0.norm1.weight": torch.ones(8),
+        "decoder_pred.bias": torch.ones(3),
+    }
+    assert_same_weights(
+        loaded(tiny.state_dict() | decoder | {"mask_token": torch.ones(1, 1, 8), "decoder_pos_embed": torch.ones(1, 5, 8)}), tiny
+    )
+
+
 def test_a_classifier_is_left_out(tiny):
     classifier = {"head.weight": torch.ones(10, 24), "head.bias": torch.ones(10)}
     assert_same_weights(loaded(tiny.state_dict() | classifier), tiny)

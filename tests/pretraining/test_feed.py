@@ -196,7 +196,7 @@ def test_a_slide_that_breaks_is_left_out_and_named(many: tuple[Path, TileIndex])
     told: list[str] = []
     feed = TileFeed(sampler, batch_size=8, steps=range(16), workers=2, say=told.append)
     broken = list(feed)
-    assert feed.quarantined.keys() == {"s05"} and feed.counts.quarantined == 1
+    assert feed.quarantined.keys() == {"s05"} and feed.counts.quarantined == 1 and feed.out_from == {"s05": 0}
     assert len(told) == 1 and told[0].startswith("s05: left out from step 0")
     assert all(5 not in batch.slides for batch in broken)
     for whole, part in zip(healthy, broken, strict=True):  # the others are where they were
@@ -206,6 +206,18 @@ def test_a_slide_that_breaks_is_left_out_and_named(many: tuple[Path, TileIndex])
     assert same(broken, again)
     known = TileFeed(sampler, batch_size=8, steps=range(16), workers=1, quarantined=feed.quarantined)
     assert same(broken, list(known)) and known.counts.quarantined == 1
+
+
+def test_a_run_that_goes_on_leaves_a_slide_out_from_where_it_did(many: tuple[Path, TileIndex]) -> None:
+    folder, found = many
+    sampler = free(found, mpp_range=(0.5, 0.5))
+    healthy = batches(sampler, range(24), workers=1)
+    whole = TileFeed(sampler, batch_size=8, steps=range(24), workers=1, quarantined={"s05": "it broke"}, out_from={"s05": 2})
+    seen = list(whole)
+    assert same(seen[:16], healthy[:16]) and any(5 in batch.slides for batch in seen[:16])
+    assert all(5 not in batch.slides for batch in seen[16:]) and whole.out_from == {"s05": 2}
+    later = TileFeed(sampler, batch_size=8, steps=range(4, 24), workers=1, quarantined=whole.quarantined, out_from=whole.out_from)
+    assert same(list(later), seen[4:])
 
 
 def test_too_many_broken_slides_stop_the_run(many: tuple[Path, TileIndex]) -> None:
@@ -222,7 +234,7 @@ def hang_on_five(reading: Any, file: Any, boxes: np.ndarray, *how: Any) -> None:
     feed_module.read_boxes(reading, file, boxes, *how)
 
 
-def lack_corners_of_five(reading: Any, file: Any, boxes: np.ndarray, tile_px: int, one_scale: bool) -> None:
+def lack_corners_of_five(reading: Any, file: Any, boxes: np.ndarray, tile_px: int, one_scale: bool, stain: None) -> None:
     """Of one slide, the boxes at its left rim cannot be read."""
     tile = np.full((tile_px, tile_px, 3), 100, np.uint8)
 

@@ -443,3 +443,16 @@ def test_the_command_forecasts_as_json(tiles: Path, tmp_path: Path, readers, sho
     assert said["steps"] == 6 and said["tiles"] == 24 and said["step_s"] > 0
     assert main(["pretrain", str(tiles), *arguments, "--dry-run", "--quiet"]) == 0
     assert "6 steps (24 tiles)" in capsys.readouterr().out
+
+
+def test_steps_that_fp16_leaves_out_do_not_look_like_lost_weights() -> None:
+    from types import SimpleNamespace
+
+    from wsimil.pretraining.process import _Process
+
+    def mean(norms: list[float], scaler: object) -> float:
+        process = SimpleNamespace(fabric=SimpleNamespace(strategy=SimpleNamespace(precision=SimpleNamespace(scaler=scaler))))
+        return _Process._mean_norm(process, torch.tensor(norms)).item()  # type: ignore[arg-type]
+
+    assert mean([1.0, torch.inf, 3.0, torch.nan], object()) == 2.0 and mean([torch.inf], object()) == 0.0
+    assert mean([1.0, torch.inf], None) == torch.inf  # without one an overflow is no part of the plan

@@ -535,6 +535,24 @@ def test_a_tiled_tiff_of_more_than_eight_bits_is_refused(tmp_path: Path) -> None
         Slide(tmp_path / "s.tif")
 
 
+def test_a_flat_tiff_of_more_than_eight_bits_is_refused(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "s.tif", noise(64, 64).astype(np.uint16) << 4, photometric="rgb")
+    assert "more than 8 bits" in refused(tmp_path / "s.tif")
+
+
+def test_a_tiled_tiff_that_is_stored_turned_is_refused(tmp_path: Path) -> None:
+    pixels = noise(512, 512)
+    for orientation, compression in ((1, "deflate"), (3, "deflate"), (2, None)):
+        options = {"tile": (256, 256), "photometric": "rgb", "compression": compression, "metadata": None}
+        tifffile.imwrite(tmp_path / "s.tif", pixels, **options, extratags=[(274, 3, 1, orientation, True)])
+        if orientation == 1:
+            with Slide(tmp_path / "s.tif", mpp=0.5) as slide:
+                assert np.array_equal(slide.read_tile(0, 0, tile_level0_px=512, tile_px=512), pixels)
+        else:
+            with pytest.raises(SlideUnreadableError, match=f"orientation {orientation}"):
+                Slide(tmp_path / "s.tif")
+
+
 def test_channels_in_pages_of_their_own_are_refused(tmp_path: Path) -> None:
     channels = np.moveaxis(noise(512, 512), 2, 0)
     tifffile.imwrite(tmp_path / "s.ome.tif", channels, tile=(256, 256), photometric="minisblack", metadata={"axes": "CYX"})

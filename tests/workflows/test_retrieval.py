@@ -57,12 +57,31 @@ def test_three_vote_and_the_nearest_breaks_ties():
 def test_a_mosaic_is_thinned_to_the_tiles_asked_for(tmp_path):
     folder = BagFolder(write_cohort(tmp_path, signal=1, n_patients=2))
     name, rows = "p00-0", np.arange(5, 25)
-    parts = {"rows": Dataset(rows)}
+    parts = {"rows": Dataset(rows), "coords": Dataset(folder.headers[name].coords()[rows])}
     write_hdf5(tmp_path / "mosaics" / f"{name}.h5", parts, {"format": "wsimil-mosaic", "format_version": 1, "slide_id": name})
     features = folder.load(name).features.numpy()
     for tiles, expected in ((50, rows), (20, rows), (5, [5, 9, 13, 17, 21]), (1, [5]), (0, np.arange(30))):
         (found,) = mosaics(folder, [name], SearchConfig(tiles=tiles), quiet=True).values()
         assert np.array_equal(found, features[expected])
+
+
+def test_a_mosaic_is_of_tiles_not_of_rows(tmp_path):
+    folder = BagFolder(write_cohort(tmp_path, signal=1, n_patients=2))
+    name, attributes = "p00-0", {"format": "wsimil-mosaic", "format_version": 1}
+    features, coords = folder.load(name).features.numpy(), folder.headers[name].coords()
+
+    def found(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+        parts = {"rows": Dataset(rows), "coords": Dataset(places)}
+        write_hdf5(tmp_path / "mosaics" / f"{name}.h5", parts, attributes)
+        return mosaics(folder, [name], SearchConfig(tiles=4), quiet=True)[name]
+
+    # the same tiles in other rows: chosen when the slide had a tile more
+    assert np.array_equal(found(np.array([3, 9, 12, 31]), coords[[2, 8, 11, 29]]), features[[2, 8, 11, 29]])
+    # tiles that the bag lacks: the mosaic is of other tiles, and the bag's own are chosen anew
+    chosen = found(np.array([3, 9, 12, 20]), coords[[3, 9, 12, 20]] + 7)
+    assert len(chosen) == 4 and not np.array_equal(chosen, features[[3, 9, 12, 20]])
+    (tmp_path / "mosaics" / f"{name}.h5").unlink()
+    assert np.array_equal(mosaics(folder, [name], SearchConfig(tiles=4), quiet=True)[name], chosen)
 
 
 def test_what_is_alike_is_found_and_the_vote_is_right(tmp_path):

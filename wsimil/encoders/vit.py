@@ -33,7 +33,11 @@ class NetworkEncoder(Encoder):
             check_tiles(tiles)
             return torch.zeros(0, self.contract.dim, device=device)
         images = prepare_tiles(tiles, self.contract, device)  # (B, 3, px, px)
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+        exact = self.dtype == torch.float32  # a GPU's convolutions would take TF32 for it: off by some thousandths
+        with (
+            torch.autocast(device.type, self.dtype, enabled=not exact),
+            torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=not exact),
+        ):
             return pool_tokens(self.network, images, self.contract.pooling).float()  # (B, D)
 
 

@@ -33,7 +33,10 @@ __all__ = ["WEIGHT_SUFFIXES", "network_with_weights", "read_weights", "skeleton"
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".torch", ".tar")
 
-_WRAPPERS = ("teacher", "model_ema", "ema", "state_dict", "model_state_dict", "model", "module", "backbone", "encoder", "student")
+_WRAPPERS = (
+    "teacher", "model_ema", "state_dict_ema", "ema",
+    "state_dict", "model_state_dict", "model", "module", "backbone", "encoder", "student",
+)  # fmt: skip
 """Keys under which training code keeps a state dict, the one to use first."""
 
 _CHUNK = re.compile(r"\b(blocks\.)\d+\.(?=\d+\.)")
@@ -79,7 +82,7 @@ def _tensors_of(content: Any) -> dict[str, Tensor]:
         return {}
     inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    return tensors or _tensors_of(inner)
+    return _tensors_of(inner) or tensors  # beside a network there may be loose tensors: a temperature, random states
 
 
 def network_with_weights(architecture: str, model_args: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str) -> nn.Module:
@@ -107,18 +110,22 @@ def skeleton(architecture: str, model_args: Mapping[str, Any]) -> nn.Module:
 
 
 def _fit(state: Mapping[str, Tensor], network: nn.Module, where: str) -> dict[str, Tensor]:
-    state = {_CHUNK.sub(r"\1", key): value for key, value in state.items()}
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    if not any(_CHUNK.search(key) for key in expected):  # in others blocks.<stage>.<block> are names of their own
+        state = {_CHUNK.sub(r"\1", key): value for key, value in state.items()}
     named = getattr(network, "pretrained_cfg", {}).get("classifier") or "head"
     classifiers = {name.split(".")[0] for name in ([named] if isinstance(named, str) else named)}
     attempts = []
     for prefix in _prefixes(state, expected):
         part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        part = {key: value for key, value in part.items() if key.split(".")[0] not in classifiers or key in expected}
+        beside = _beside(part, classifiers)
+        part = {key: value for key, value in part.items() if key in expected or key.split(".")[0] not in beside}
         try:
             part = _renamed(part, network, expected)
         except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
             raise EncoderWeightsError(f"{where}: weights of another kind of network ({error})") from error
+        counters = [key for key in expected.keys() - part.keys() if key.endswith(".num_batches_tracked")]
+        part |= dict.fromkeys(counters, torch.zeros((), dtype=torch.long))  # files of old did not count, and nothing depends on it
         attempts.append((len(expected.keys() ^ part.keys()), prefix, part))
     if not attempts:
         raise EncoderWeightsError(f"{where}: holds other weights than {_some(expected)}; it begins with {_some(state)}")
@@ -140,6 +147,12 @@ def _fit(state: Mapping[str, Tensor], network: nn.Module, where: str) -> dict[st
     if shapes:
         raise EncoderWeightsError(f"{where}: {_some(shapes)}; are architecture and model_args right?")
     return {key: value.float() if value.is_floating_point() else value for key, value in best.items()}
+
+
+def _beside(state: Mapping[str, Tensor], classifiers: set[str]) -> set[str]:
+    """First parts of the names of what is no part of an encoder: classifiers, the decoder of a masked autoencoder."""
+    decoder = {first for key in state if (first := key.split(".")[0]).startswith("decoder_")}
+    return classifiers | decoder | ({"mask_token"} if decoder else set())
 
 
 def _prefixes(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> list[str]:

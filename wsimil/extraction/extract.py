@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from wsimil.slides.slide import RESAMPLER
 from wsimil.slides.stain import StainTarget, stain_normaliser
 from wsimil.slides.tiles import MAX_INVALID
 
-__all__ = ["Extraction", "extract_features", "resolve_device"]
+__all__ = ["Extraction", "extract_features", "resolve_device", "resolve_dtype"]
 
 _SECTION_TILES = 256, 2048
 """Tiles that one reader takes of a slide at a time: several readers share a large slide, a small one has one."""
@@ -54,6 +55,13 @@ def resolve_device(device: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def resolve_dtype(device: str) -> Literal["fp32", "bf16", "fp16"]:
+    """Of an encoder's arithmetic: bf16 on a GPU that has instructions for it, fp16 on an older one, fp32 elsewhere."""
+    if not device.startswith("cuda"):
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
 
 
 def extract_features(
@@ -122,7 +130,7 @@ def extract_features(
 
 
 def _load_encoders(config: ExtractConfig, device: str) -> list[Encoder]:
-    dtype = config.dtype if config.dtype != "auto" else ("bf16" if device.startswith("cuda") else "fp32")
+    dtype = config.dtype if config.dtype != "auto" else resolve_dtype(device)
     return [load_encoder(name, device=device, dtype=dtype, embedding=config.embedding) for name in config.encoder]
 
 

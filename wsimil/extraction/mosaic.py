@@ -24,7 +24,7 @@ from wsimil.slides.cohort import SlideFile, find_slides
 if TYPE_CHECKING:
     from wsimil.extraction.reader import Reading
 
-__all__ = ["mosaic_file", "mosaic_slides", "read_mosaic"]
+__all__ = ["mosaic_coords", "mosaic_file", "mosaic_slides", "read_mosaic"]
 
 _VERSION = 1
 """Count up with any change that gives other rows."""
@@ -36,10 +36,19 @@ def mosaic_file(job: Job, config: TileConfig, slide_id: str) -> Path:
 
 def read_mosaic(path: Path) -> np.ndarray:
     """Rows of the slide's tiles, rising. Raises BagFormatError."""
+    return _read(path, "rows")
+
+
+def mosaic_coords(path: Path) -> np.ndarray:
+    """(n, 2) top-left corners of the tiles, level-0 pixels: rows mean these tiles and no others. Raises BagFormatError."""
+    return _read(path, "coords")
+
+
+def _read(path: Path, part: str) -> np.ndarray:
     with open_hdf5(path) as file:
         if plain_attributes(file).get("format") != "wsimil-mosaic":
             raise BagFormatError(f"{path}: no mosaic of wsimil's")
-        return read_array(file["rows"]).astype(np.int64)
+        return read_array(file[part]).astype(np.int64)
 
 
 def mosaic_slides(

@@ -220,12 +220,13 @@ class TileFeed:
         cache_gb: tiles kept on disk once they are read, 10^9 bytes; of use where the sampler shows them again: `distinct` tiles,
             the cells of `per_slide_per_epoch`, pictures.
         cache_folder: where they are kept, a folder of ours: tiles of other recipes in it are removed.
-        quarantined: ids of slides to leave out from the beginning, as a run knew them that goes on.
+        quarantined: ids of slides to leave out, and why, as a run knew them that goes on.
+        out_from: id → the window that they are left out from; from the beginning where it is not said.
         say: receives a line for every slide that is left out.
 
     Attributes:
         counts: what has happened so far.
-        quarantined: id → why, of slides that are left out.
+        quarantined, out_from: id → why, and from which window on, of slides that are left out.
         rejections: (slides,) tiles of each that were nearly blank or unreadable.
     """
 
@@ -242,10 +243,11 @@ class TileFeed:
         cache_gb: float = 0.0,
         cache_folder: str | Path | None = None,
         quarantined: Mapping[str, str] | None = None,
+        out_from: Mapping[str, int] | None = None,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.sampler, self.steps = sampler, steps
-        self.quarantined = dict(quarantined or {})
+        self.quarantined, self.out_from = dict(quarantined or {}), dict(out_from or {})
         self.counts = FeedCounts(quarantined=len(self.quarantined))
         self.rejections = np.zeros(len(sampler.index.slides), np.int64)
         self._slides = sampler.index.slides
@@ -293,7 +295,8 @@ class _Work(threading.Thread):
         self._feed, self._pool, self._cache = feed, pool, cache
         self._sampler, self._slides = feed.sampler, feed._slides
         known = {slide.slide_id: place for place, slide in enumerate(self._slides)}
-        self._out = {known[name]: -1 for name in feed.quarantined if name in known}  # slide → the window it is left out from
+        # slide → the window it is left out from
+        self._out = {known[name]: feed.out_from.get(name, -1) for name in feed.quarantined if name in known}
         self._reads, self._unreadable = np.zeros((2, len(self._slides)), np.int64)
         self._to_come = deque(_windows_of(feed.steps))
         self._open: deque[_Window] = deque()
@@ -514,7 +517,7 @@ class _Work(threading.Thread):
             feed.quarantined[name] = " ".join(reason.split())
             feed.counts.quarantined = len(feed.quarantined)
             feed._say(f"{name}: left out from step {place * WINDOW_STEPS}: {feed.quarantined[name]}")
-        self._out[slide] = min(place, self._out.get(slide, place))
+        self._out[slide] = feed.out_from[name] = min(place, self._out.get(slide, place))
         if len(self._out) > MAX_FAILED * len(self._slides):
             raise WsimilError(
                 f"{len(self._out)} of {len(self._slides)} slides could not be read any more, more than a tenth: {self._names_out()}"

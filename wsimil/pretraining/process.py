@@ -193,7 +193,9 @@ class _Process:
             total=self.recipe.steps,
             uniform_loss=math.log(self.recipe.prototypes) if self.recipe.method == "dino" else None,
         )
-        self.panel_step, self.exported_step, self.quarantined = -1, 0, {}
+        self.panel_step, self.exported_step = -1, 0
+        self.quarantined: dict[str, str] = {}
+        self.out_from: dict[str, int] = {}
         self.numbers: dict[str, float] = {}  # of the last lines of the log
         self._records: list[tuple[Record, dict[str, torch.Tensor]]] = []
         self._seconds = 0.0  # of earlier sittings
@@ -224,6 +226,7 @@ class _Process:
             cache_gb=plan.config.cache_gb,
             cache_folder=plan.out / "tiles" if plan.config.cache_gb else None,
             quarantined=self.quarantined,
+            out_from=self.out_from,
             say=self.say,
         )
         self.feed = feed
@@ -267,9 +270,10 @@ class _Process:
         return bool(self.fabric.all_reduce(asked, reduce_op="sum") > 0)
 
     def _counted(self) -> str:
-        counts = self.feed.counts
+        counts, world = self.feed.counts, self.fabric.world_size
+        of_one = "" if world == 1 else "of the first process: "
         return (
-            f"{counts.tiles} tiles, {counts.rejected + counts.unreadable} drawn anew, "
+            f"{counts.tiles * world} tiles, {of_one}{counts.rejected + counts.unreadable} drawn anew, "
             f"{len(self.feed.quarantined)} slides left out on the way, {counts.waited_s:.0f} s waited for tiles"
         )
 
@@ -285,7 +289,7 @@ class _Process:
         monitors = {
             name: torch.stack([monitor[name].float() for _, monitor in records]).mean() for name in records[-1][1] if name != "loss"
         }
-        means |= {"grad_norm": torch.stack([record.grad_norm for record, _ in records]).mean(), **monitors}
+        means |= {"grad_norm": self._mean_norm(torch.stack([record.grad_norm for record, _ in records])), **monitors}
         values = torch.stack([value.float().to(self.fabric.device) for value in means.values()])
         if self.fabric.world_size > 1:
             values = self.fabric.all_reduce(values, reduce_op="mean")
@@ -315,6 +319,13 @@ class _Process:
             _append(self.plan.out / "log.csv", row)
         bar.set_postfix_str(f"loss {loss:.3f}, {row['tiles_per_s']:.0f} tiles/s, waiting {row['waiting']:.0%}", refresh=False)
         self._log_began, self._log_step, self._log_waited = time.monotonic(), self.loop.step, self.feed.counts.waited_s
+
+    def _mean_norm(self, norms: torch.Tensor) -> torch.Tensor:
+        """Of the gradients; fp16 finds its scale by overflowing now and then, and leaves such steps out."""
+        if getattr(self.fabric.strategy.precision, "scaler", None) is None:
+            return norms.mean()
+        taken = norms.isfinite()
+        return torch.where(taken, norms, 0).sum() / taken.sum().clamp(min=1)
 
     # ---------------------------------------------------------------- panel
 
@@ -407,6 +418,7 @@ class _Process:
             "numbers": self.numbers,
             "seconds": self._seconds + self._saved - self._began,
             "quarantined": dict(self.feed.quarantined),
+            "out_from": dict(self.feed.out_from),
         }
         with atomic_path(self.plan.out / LAST) as temporary:
             torch.save(content, temporary)
@@ -422,7 +434,7 @@ class _Process:
         self.alarm.load(content["alarm"])
         self.panel_step, self.exported_step = content["panel_step"], content["exported_step"]
         self.numbers, self._seconds = content["numbers"], content["seconds"]
-        self.quarantined = content["quarantined"]
+        self.quarantined, self.out_from = content["quarantined"], content.get("out_from", {})
         self.say(f"going on at step {self.loop.step} of {self.recipe.steps}")
         devices = content.get("devices", self.fabric.world_size)
         if devices != self.fabric.world_size and self.recipe.method == "dino" and self.recipe.spread != "none":

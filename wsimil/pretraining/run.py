@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import pickle
@@ -32,6 +33,7 @@ from wsimil.config import PretrainConfig, Settings, TileConfig, read_settings, s
 from wsimil.encoders.contract import FINGERPRINT_START, EncoderContract
 from wsimil.errors import LabelsError, SplitsError, UsageError, WsimilError
 from wsimil.extraction.extract import resolve_device
+from wsimil.extraction.pool import reader_count
 from wsimil.files import IMAGE_SUFFIXES, atomic_path, hash_of, mark_output, read_json, write_json
 from wsimil.pretraining.feed import TileFeed
 from wsimil.pretraining.health import CURES
@@ -383,6 +385,14 @@ def _remark_on_cache(plan: Plan, say: Callable[[str], None]) -> None:
 
 
 def _forecast(plan: Plan) -> Forecast:
+    forecast = _rehearsed(plan)
+    if plan.config.device.startswith("cuda"):  # the first of the processes to come computes on this GPU
+        gc.collect()
+        torch.cuda.empty_cache()
+    return forecast
+
+
+def _rehearsed(plan: Plan) -> Forecast:
     """Three short measurements on a network that is thrown away: reading, computing, both."""
     out = plan.out
     read = _read_speed(plan)
@@ -397,7 +407,8 @@ def _forecast(plan: Plan) -> Forecast:
             return method.views(seen, seed=plan.config.seed, recipe=views, device=fabric.device)
 
         parts = plan.config.accumulate
-        feed = TileFeed(plan.sampler(), batch_size=plan.part_size, steps=range(_ENDLESS), workers=plan.job.workers)
+        workers = max(1, reader_count(plan.job.workers) // plan.config.devices)  # those of one device
+        feed = TileFeed(plan.sampler(), batch_size=plan.part_size, steps=range(_ENDLESS), workers=workers)
         feed_steps = iter(feed)
         try:
             first = [next(feed_steps) for _ in range(parts)]
@@ -506,7 +517,8 @@ def _fabric(plan: Plan, *, devices: int) -> Any:
     kind, _, number = device.partition(":")
     strategy: Any = "auto"
     if devices > 1:
-        # buffers are alike on all devices by themselves, so sending them before each step would be a waste
+        # buffers need no sending before each step: DINO's are alike by themselves, and of a network with batch normalisation each
+        # device measures its own share; the first one's is exported
         strategy = DDPStrategy(start_method="spawn", broadcast_buffers=False)
     # processes are started here, also in a job of SLURM, which Lightning would take for the one that starts and numbers them
     where = LightningEnvironment()

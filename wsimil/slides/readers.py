@@ -315,7 +315,8 @@ class OpenSlideReader:
 class ImageReader:
     """A PNG, JPEG, WebP, BMP or flat TIFF, held in memory whole. Dots per inch say nothing about a microscope: ignored.
 
-    Pixels are as stored: an EXIF orientation is not applied. Pillow's limit against decompression bombs holds (179 megapixels).
+    Pixels are as stored: an EXIF orientation is not applied, but for TIFF, which Pillow turns. Pillow's limit against decompression
+    bombs holds (179 megapixels).
     """
 
     bounds: tuple[int, int, int, int] | None = None
@@ -335,7 +336,8 @@ class ImageReader:
         except Exception as error:  # whatever a broken file makes Pillow trip over
             raise SlideUnreadableError(f"not an image that can be read: {error}") from error
         with image:
-            if image.mode.startswith(("I", "F")):
+            bits = getattr(image, "tag_v2", {}).get(258, (8,))
+            if image.mode.startswith(("I", "F")) or max(bits) > 8:
                 raise SlideUnreadableError(f"pixels of mode {image.mode} (more than 8 bits a channel); convert it to 8-bit RGB")
             self.kind = f"image:{(image.format or 'unknown').lower()}"
             description = getattr(image, "tag_v2", {}).get(270, "")
@@ -387,10 +389,13 @@ def _not_rgb(path: Path) -> str | None:
             bits = np.max(page.bitspersample) if isinstance(page, tifffile.TiffPage) else 8
             channels = re.search(r'SizeC\s*=\s*"(\d+)"', tiff.ome_metadata or "")
             alone = isinstance(page, tifffile.TiffPage) and page.samplesperpixel == 1
+            turned = page.tags.valueof(274, 1) if isinstance(page, tifffile.TiffPage) and page.compression != 7 else 1
     except Exception:  # OpenSlide opens it
         return None
     if bits > 8:
         return f"{bits} bits a channel; convert it to 8-bit RGB"
+    if turned != 1:  # OpenSlide turns each tile by itself
+        return f"stored turned or mirrored (orientation {int(turned)}); {_SAVE_ANEW}"
     if alone and channels and int(channels[1]) > 1:
         return f"{channels[1]} channels, each a page of its own; {_SAVE_ANEW}"
     return None
