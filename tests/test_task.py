@@ -375,3 +375,36 @@ def test_slides_of_one_patient_agree_or_do_not(labels, label):
             agreed(labels)
     else:
         assert agreed(labels) == label
+
+
+@pytest.mark.parametrize("value", ["0.1", "0", "1640.5", "-3e-5"])
+def test_one_value_alone_cannot_be_learned(value):
+    with pytest.raises(LabelsError, match="all 14 training slides have the value"):
+        Task("regression").fitted([value] * 14, TrainConfig())
+
+
+def test_large_values_keep_their_digits():
+    labels = ["1000000000", "1000000001", "1000000002", "1000000003"]
+    targets = Task("regression").fitted(labels, TrainConfig()).encode(labels)
+    assert targets.tolist() == pytest.approx([-1.3416408, -0.4472136, 0.4472136, 1.3416408])
+
+
+@pytest.mark.parametrize("kind", ["regression", "proportion", "survival", "binary"])
+def test_losses_of_half_precision_logits_are_computed_in_float32(kind):
+    task = {
+        "regression": Task("regression"),
+        "proportion": Task("proportion", criterion="mse"),
+        "survival": Task("survival", intervals=(1.0, 2.0, 3.0)),
+        "binary": Task("binary", ("a", "b")),
+    }[kind]
+    targets = torch.tensor([[1.234, 1.0]]) if kind == "survival" else torch.tensor([0.1234567])
+    logits = torch.full((1, task.n_outputs), 0.3).bfloat16()
+    found = task.row_losses(logits, targets)
+    assert found.dtype == torch.float32 and torch.equal(found, task.row_losses(logits.float(), targets))
+
+
+def test_huber_of_a_proportion_is_not_half_of_mse():
+    huber, mse = (Task("proportion", criterion=name) for name in ("huber", "mse"))
+    logits, targets = torch.tensor([[2.0], [0.1]]), torch.tensor([0.1, 0.5])
+    ratio = huber.row_losses(logits, targets) / mse.row_losses(logits, targets)
+    assert ratio[1] == pytest.approx(0.5) and ratio[0] < 0.2

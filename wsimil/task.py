@@ -187,7 +187,12 @@ class Task:
         )
         if task.kind == "regression":
             values = np.array([float(label) for label in labels])
-            return replace(task, center=float(values.mean()), scale=float(values.std()) or 1.0)
+            if np.ptp(values) <= 1e-12 * np.abs(values).max():  # the deviation of equal numbers is rounding, not always 0
+                raise LabelsError(
+                    f"all {len(labels)} training slides have the value {labels[0]}: nothing to learn from; use splits with "
+                    "several values in train"
+                )
+            return replace(task, center=float(values.mean()), scale=float(values.std()))
         if task.kind == "multilabel" and config.balance and config.sampling != "balanced":  # both would pay twice
             facts = [facts_of(label) for label in labels]
             return replace(task, positive_weights=tuple(_positive_weight(facts, name) for name in task.classes))
@@ -208,7 +213,8 @@ class Task:
         import torch
 
         if self.kind == "regression":
-            return (torch.tensor([float(label) for label in labels]) - self.center) / self.scale
+            values = torch.tensor([float(label) for label in labels], dtype=torch.float64)
+            return ((values - self.center) / self.scale).float()
         if self.kind == "proportion":
             return torch.tensor([float(label) for label in labels]) / self.scale
         if self.kind == "survival":
@@ -265,10 +271,12 @@ class Task:
 
     def row_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss (M,) of each row of logits (M, C) against its target. Not for Cox, whose loss is of the set."""
+        import torch
         import torch.nn.functional as F
 
         from wsimil import losses
 
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         options: dict[str, Any] = {"gamma": self.focal_gamma, "smoothing": self.label_smoothing}
         if self.kind == "binary":
             return losses.binary_losses(logits[:, 0], targets, **options)
@@ -286,7 +294,9 @@ class Task:
         if self.criterion == "cross_entropy":
             return losses.binary_losses(values, targets)
         values = values.sigmoid() if self.kind == "proportion" else values
-        return (F.huber_loss if self.criterion == "huber" else F.mse_loss)(values, targets, reduction="none")
+        if self.criterion == "huber":  # a proportion is never further than 1 from another: it would be mse alone
+            return F.huber_loss(values, targets, reduction="none", delta=0.1 if self.kind == "proportion" else 1.0)
+        return F.mse_loss(values, targets, reduction="none")
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Mean loss of logits (M, C) against targets (M, …); `weights` (M,) multiply the rows (their mean over the cohort is 1).

@@ -11,7 +11,7 @@ import torch
 from seeded import make_bags, seed_weights
 
 from wsimil.aggregators.mean_pool import MeanPool
-from wsimil.aggregators.pooling import Pool
+from wsimil.aggregators.pooling import Pool, TopK
 from wsimil.batch import pack
 from wsimil.errors import ConfigError
 
@@ -136,6 +136,12 @@ def test_the_largest_score_is_what_clam_trains_its_instance_baseline_on():
     sizes = golden["sizes"].tolist()
     bags = pack([make_bags(size, dim=16, seed=size) for size in sizes])
     np.testing.assert_allclose(model(bags).logits[:, 0].detach(), golden["logit_difference"], rtol=0, atol=1e-8)
+
+
+def test_a_share_of_a_bag_is_not_rounded_up_by_rounding_errors():
+    for k, size, expected in ((0.07, 100, 7), (0.01, 100, 1), (0.01, 101, 2), (0.29, 100, 29)):
+        ((largest, _),) = TopK(k)._per_bag(torch.rand(size, 1), make_bags(size, dim=1))
+        assert len(largest) == expected
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from wsimil.aggregators.packed import segment_softmax
 from wsimil.aggregators.simple_mil import SimpleMIL
 from wsimil.batch import BagBatch
+from wsimil.errors import ConfigError
 
 GOLDEN = {name: torch.as_tensor(values) for name, values in np.load(Path(__file__).parent / "golden" / "simple_mil.npz").items()}
 BAGS = BagBatch(GOLDEN["features"], F.pad(GOLDEN["sizes"].cumsum(0), (1, 0)))
@@ -70,3 +71,10 @@ def test_attention_sees_its_part_alone_and_pooling_sees_everything(monkeypatch):
     after = model(bag)
     assert torch.equal(after.attention_logits, before.attention_logits)
     assert not torch.allclose(after.logits, before.logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("n_features", [0, 41, 80])
+def test_more_features_than_there_are_are_refused(n_features):
+    assert sum(len(part) for part in SimpleMIL(40, 1, n_features=40).eval().parts()) == 40
+    with pytest.raises(ConfigError, match=f"n_features is {n_features}; the features of these bags have 40 numbers"):
+        SimpleMIL(40, 1, n_features=n_features)

@@ -299,6 +299,13 @@ def test_t_intervals_stay_within_what_a_metric_can_be() -> None:
         assert entry["high"] is None or entry["high"] <= 1.0 or entry["value"] > 1.0
 
 
+def test_grades_are_in_their_order_whatever_the_order_of_columns() -> None:
+    table = class_table(names="012")
+    shuffled = table[[*(name for name in table if not name.startswith("prob_")), "prob_2", "prob_0", "prob_1"]]
+    one, other = (evaluate_predictions(rows, n_bootstrap=0)["pooled"]["metrics"] for rows in (table, shuffled))
+    assert one["quadratic_kappa"] == other["quadratic_kappa"] and one["mae_steps"] == other["mae_steps"]
+
+
 def test_grades_get_a_quadratic_kappa_and_names_do_not() -> None:
     assert "quadratic_kappa" in evaluate_predictions(class_table(names="012"), n_bootstrap=0)["pooled"]["metrics"]
     assert "quadratic_kappa" not in evaluate_predictions(class_table(), n_bootstrap=0)["pooled"]["metrics"]

@@ -13,7 +13,7 @@ from wsimil.aggregators.clam import CLAM
 from wsimil.aggregators.mean_pool import MeanPool
 from wsimil.batch import BagBatch, LabelledBags
 from wsimil.errors import ConfigError
-from wsimil.objectives import AttentionEntropy, ClamInstances, SlideLabel
+from wsimil.objectives import AttentionEntropy, ClamInstances, MaskedHardInstances, SlideLabel
 from wsimil.objectives.attention_entropy import attention_entropy
 from wsimil.task import Task
 
@@ -98,3 +98,18 @@ def test_any_objective_may_be_inside():
 def test_a_model_without_attention_is_refused():
     with pytest.raises(ConfigError, match="MeanPool gives no attention_logits"):
         AttentionEntropy(SlideLabel(BINARY)).losses(model_of(MeanPool).train(), batch_of(3), 0.0)
+
+
+def test_around_hidden_tiles_it_is_the_entropy_of_those_that_were_seen():
+    def entropy(*, hidden_first: bool) -> float:
+        model, batch, inner = model_of().train(), batch_of(10, 50), SlideLabel(BINARY)
+        hide = {"high": 0.3, "low": 0.3}
+        objective = (
+            AttentionEntropy(MaskedHardInstances(inner, **hide))
+            if hidden_first
+            else MaskedHardInstances(AttentionEntropy(inner), **hide)
+        )
+        objective.prepare(model)
+        return objective.train().losses(model, batch, 0.0)["entropy"].item()
+
+    assert entropy(hidden_first=True) == pytest.approx(entropy(hidden_first=False), abs=1e-6)

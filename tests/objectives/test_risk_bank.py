@@ -184,3 +184,12 @@ def test_an_order_is_a_function_of_seed_and_epoch(epoch):
 
 def test_without_an_event_the_order_is_a_shuffle():
     assert sorted(risk_set_order([1, 2, 3], [False] * 3, slides_per_step=2, seed=0, epoch=0)) == [0, 1, 2]
+
+
+def test_a_newcomer_does_not_take_the_place_of_a_slide_of_its_step():
+    bank = RiskBank(capacity=4).train()
+    targets = torch.tensor([[1.0, 1.0]])
+    for name in "abcd":
+        bank.remember(torch.zeros(1), targets, (name,))
+    bank.remember(torch.tensor([5.0, 6.0]), targets.expand(2, 2), ("a", "e"))
+    assert sorted(bank.entries[:, 0].tolist()) == [0.0, 0.0, 5.0, 6.0] and len(bank.ids.unique()) == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from wsimil.batch import BagBatch, BagOutput, ExtraLogits, LabelledBags
@@ -22,3 +24,22 @@ def test_weights_scale_the_bag_and_the_extra_logits_each_by_itself() -> None:
     torch.testing.assert_close(halved["bag"], 0.5 * plain["bag"])
     torch.testing.assert_close(halved["top"], 0.25 * plain["top"])
     assert halved["spread"] == plain["spread"]  # the aggregator's own weight
+
+
+def test_a_slide_counts_once_however_few_pseudo_bags_it_has() -> None:
+    task = Task("binary", ("a", "b"))
+    targets = torch.tensor([1.0, 0.0])
+    rows = torch.tensor([0, 1, 1, 1])
+    logits = torch.tensor([[0.3], [1.0], [-2.0], [0.5]])
+    objective = SlideLabel(task)
+    batch = LabelledBags(BagBatch(torch.zeros(2, 1), torch.tensor([0, 1, 2])), targets)
+    whole = objective._loss(logits, batch, rows)
+    parts = [
+        objective._loss(
+            logits[rows == bag],
+            replace(batch, targets=targets[bag : bag + 1]),
+            torch.zeros(int((rows == bag).sum()), dtype=torch.long),
+        )
+        for bag in (0, 1)
+    ]
+    torch.testing.assert_close(whole, torch.stack(parts).mean())

@@ -209,7 +209,7 @@ def test_a_slide_that_breaks_is_left_out_and_named(many: tuple[Path, TileIndex])
 
 
 def test_a_run_that_goes_on_leaves_a_slide_out_from_where_it_did(many: tuple[Path, TileIndex]) -> None:
-    folder, found = many
+    _, found = many
     sampler = free(found, mpp_range=(0.5, 0.5))
     healthy = batches(sampler, range(24), workers=1)
     whole = TileFeed(sampler, batch_size=8, steps=range(24), workers=1, quarantined={"s05": "it broke"}, out_from={"s05": 2})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -192,6 +193,28 @@ def test_recomputed_pieces_give_the_same_gradients_from_less_memory(aggregator, 
     for one, other in zip(plain, again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # dropout too: its coins are tossed alike
     assert little < much / 3
+
+
+@pytest.mark.parametrize("aggregator", ["abmil", "gated_abmil"])
+def test_what_is_recomputed_behind_a_standardisation_is_computed_with_its_weights(aggregator, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    features = 3 * torch.randn(4000, DIM, generator=generator) + 5
+    bags = BagBatch(features, torch.tensor([0, 1500, 4000]))
+    mean, deviation = features.mean(0), features.std(0)
+    monkeypatch.setattr(packed, "_RECOMPUTED_FROM", 2000)
+    model = make_aggregator(aggregator, DIM, 1, hidden=32, dropout=0.0)
+
+    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    own = {name: id(parameter) for name, parameter in model.named_parameters()}
+    folded = gradients(Standardized(model, mean, deviation).train()(bags).logits.sum())
+    assert own == {name: id(parameter) for name, parameter in model.named_parameters()}
+    plain = gradients(model(replace(bags, features=(features - mean) / deviation)).logits.sum())
+    for one, other in zip(folded, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 # ---------------------------------------------------------------- dropout

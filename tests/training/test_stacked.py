@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wsimil.aggregators import Standardized, make_aggregator
+from wsimil.aggregators import Standardized, make_aggregator, packed
 from wsimil.bags.dataset import BagFolder
 from wsimil.config import Settings, SplitConfig, TrainConfig
 from wsimil.errors import UsageError
@@ -89,6 +89,15 @@ def test_a_stack_equals_its_models_trained_alone(store, aggregator):
         if stacked[index].best_epoch == last.epochs - 1:
             for name, value in alone.state_dict().items():
                 torch.testing.assert_close(stacked[index].best_state[name], value, rtol=0, atol=1e-8)
+
+
+def test_bags_of_very_many_tiles_are_stacked_as_well(store, monkeypatch):
+    few = fit_stacked(members_of(store, "gated_abmil"), store, CONFIG)
+    monkeypatch.setattr(packed, "_RECOMPUTED_FROM", 8)
+    monkeypatch.setattr(packed, "_PIECE", 4)
+    many = fit_stacked(members_of(store, "gated_abmil"), store, CONFIG)
+    for one, other in zip(few, many, strict=True):
+        assert [row["val_loss"] for row in one.history] == pytest.approx([row["val_loss"] for row in other.history], abs=1e-8)
 
 
 @pytest.mark.parametrize("task", [Task("multiclass", ("a", "b", "c")), Task("regression")], ids=lambda task: task.kind)

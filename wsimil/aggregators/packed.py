@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from itertools import pairwise
 
 import torch
@@ -19,6 +21,7 @@ from wsimil.batch import BagBatch
 __all__ = [
     "in_pieces",
     "pad",
+    "recomputing",
     "segment_argmax",
     "segment_max",
     "segment_mean",
@@ -34,6 +37,24 @@ _PIECE = 1024
 _RECOMPUTED_FROM = 65_536
 
 
+_AS_IT_IS = nullcontext()
+_around: ContextVar[AbstractContextManager | None] = ContextVar("around", default=_AS_IT_IS)
+
+
+@contextmanager
+def recomputing(around: AbstractContextManager | None) -> Iterator[None]:
+    """What `in_pieces` computes again on the way back, it computes inside of `around`; None: it computes nothing again.
+
+    For whoever gives an aggregator other weights for the time of a call: on the way back that time is over. `around` is entered
+    many times.
+    """
+    token = _around.set(around)
+    try:
+        yield
+    finally:
+        _around.reset(token)
+
+
 def _wide(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
@@ -44,12 +65,14 @@ def in_pieces(function: Callable[[Tensor], tuple[Tensor, ...]], tiles: Tensor) -
     In training what happens inside is computed again on the way back when there are very many rows: memory then grows with what
     the function returns, and no longer with what it goes through.
     """
-    recomputed = torch.is_grad_enabled() and len(tiles) >= _RECOMPUTED_FROM
+    around = _around.get()
+    recomputed = around is not None and torch.is_grad_enabled() and len(tiles) >= _RECOMPUTED_FROM
     if len(tiles) <= _PIECE or (tiles.device.type != "cpu" and not recomputed):
         return function(tiles)
     pieces = tiles.split(_PIECE if tiles.device.type == "cpu" else _RECOMPUTED_FROM // 4)
     if recomputed:
-        found = [checkpoint(function, piece, use_reentrant=False) for piece in pieces]
+        inside = _AS_IT_IS, around or _AS_IT_IS
+        found = [checkpoint(function, piece, use_reentrant=False, context_fn=lambda: inside) for piece in pieces]
     else:
         found = [function(piece) for piece in pieces]
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
@@ -57,11 +80,8 @@ def in_pieces(function: Callable[[Tensor], tuple[Tensor, ...]], tiles: Tensor) -
 
 def segment_sum(values: Tensor, bags: BagBatch) -> Tensor:
     """(ΣN, K) → (B, K)."""
-    values = _wide(values)
-    if len(bags) == 1:
-        return values.sum(0, keepdim=True)
-    sums = values.new_zeros(len(bags), values.shape[1])
-    return sums.index_add(0, bags.bag_index, values)  # (B, K)
+    # each bag by itself: adding rows up one by one loses digits where there are a hundred thousand
+    return torch.stack([one.sum(0) for one in _wide(values).split(bags.sizes.tolist())])
 
 
 def segment_mean(values: Tensor, bags: BagBatch) -> Tensor:

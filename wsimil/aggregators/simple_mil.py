@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from wsimil.aggregators.packed import segment_softmax, segment_sum
 from wsimil.batch import Aggregator, BagBatch, BagOutput
+from wsimil.errors import ConfigError
 
 __all__ = ["SimpleMIL"]
 
@@ -52,6 +53,8 @@ class SimpleMIL(Aggregator):
         super().__init__()
         self.dim, self.n_outputs = dim, n_outputs
         self.n_features = max(1, min(hidden, dim // 2)) if n_features is None else n_features
+        if not 1 <= self.n_features <= dim:
+            raise ConfigError(f"n_features is {n_features}; the features of these bags have {dim} numbers, expected 1 to {dim}")
         self.overlap = overlap
         self.feature, self.gate = nn.Linear(dim, hidden), nn.Linear(dim, hidden)  # V, U
         self.dropout = nn.Dropout(dropout)

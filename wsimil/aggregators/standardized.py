@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from wsimil.aggregators.packed import recomputing
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 
 __all__ = ["Standardized"]
@@ -41,5 +41,20 @@ class Standardized(Aggregator):
         linear = self.inner.get_submodule(first)
         assert isinstance(linear, nn.Linear)
         weight = linear.weight / self.deviation
-        folded = {f"{first}.weight": weight, f"{first}.bias": linear.bias - weight @ self.mean}
-        return functional_call(self.inner, folded, (bags,), {"explain": explain})
+        folded = _Reading(linear, weight, linear.bias - weight @ self.mean)
+        with folded, recomputing(folded):
+            return self.inner(bags, explain=explain)
+
+
+class _Reading:
+    """A layer with other weights, for a while; may be entered again."""
+
+    def __init__(self, layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+        self._layer, self._others = layer, {"weight": weight, "bias": bias}
+
+    def __enter__(self) -> None:
+        self._own = self._layer._parameters
+        self._layer._parameters = self._others  # type: ignore[assignment]
+
+    def __exit__(self, *_: object) -> None:
+        self._layer._parameters = self._own

@@ -185,6 +185,8 @@ def _task(table: Any, kind: str | None, classes: Sequence[str] | None, positive:
             raise UsageError(f"predictions of a {kind} need the column {_NUMBER_OF_KIND[kind]}")
         return kind, ()
     names = tuple(str(name) for name in classes) if classes else tuple(found)
+    if kind == "multiclass" and all(name.isdigit() for name in names):  # grades: their order is a fact, that of columns is none
+        names = tuple(sorted(names, key=int))
     missing = [name for name in names if name not in found]
     if missing:
         raise UsageError(f"predictions have no column {_PREFIX}{missing[0]}; they have classes {', '.join(found)}")

@@ -39,10 +39,11 @@ class AttentionEntropy(Wrapping):
             losses = self.inner.losses(model, batch, progress)
         if not model.training:
             return losses
-        if not heard or heard[0].attention_logits is None:
+        bags, output = heard[0] if heard else (batch.bags, None)
+        if output is None or output.attention_logits is None:
             raise ConfigError(f"{type(model).__name__} gives no attention_logits; AttentionEntropy has nothing to spread")
         weight = self.weight * (1 + math.cos(math.pi * progress)) / 2
-        return losses | {"entropy": -weight * attention_entropy(heard[0].attention_logits, batch.bags)}
+        return losses | {"entropy": -weight * attention_entropy(output.attention_logits, bags)}
 
 
 def attention_entropy(attention_logits: Tensor, bags: BagBatch) -> Tensor:

@@ -106,7 +106,7 @@ class MaskedHardInstances(Wrapping):
             losses = self.inner.losses(model, seen, progress)
         if not self.consistency:
             return losses
-        return losses | {"consistency": self.consistency * self._disagreement(heard[0], taught, batch.weights)}
+        return losses | {"consistency": self.consistency * self._disagreement(heard[0][1], taught, batch.weights)}
 
     @torch.no_grad()
     def _taught(self, bags: BagBatch) -> BagOutput:

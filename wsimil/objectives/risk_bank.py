@@ -64,7 +64,11 @@ class RiskBank(nn.Module):
         hashed = _hashed(list(row_of), self.ids.device)
         same = hashed.unsqueeze(1) == self.ids  # (M, capacity)
         new = ~same.any(1)
-        slots = torch.where(new, (self.n_seen + new.cumsum(0) - 1) % len(self.ids), same.int().argmax(1))
+        # the oldest first, none of them a slide of this step: what is free lies behind what came last
+        turn = (torch.arange(len(self.ids), device=self.ids.device) + self.n_seen) % len(self.ids)
+        free = turn[~same.any(0)[turn]]
+        free = free if len(free) else turn  # a step of more slides than there is room for
+        slots = torch.where(new, free[(new.cumsum(0) - 1).clamp(min=0, max=len(free) - 1)], same.int().argmax(1))
         self.ids[slots] = hashed
         self.entries[slots] = torch.cat([risk.unsqueeze(1), targets], 1)[rows].to(self.entries.dtype)
         self.n_seen += new.sum()

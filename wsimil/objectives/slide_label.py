@@ -64,10 +64,10 @@ class SlideLabel(Objective):
         """Of logits (M, C), each of which answers to the bag in `rows` (M,)."""
         targets = batch.targets[rows]
         weights = None if batch.weights is None else batch.weights[rows]
-        if self.bank is None:
-            return self.task.loss(logits, targets, weights)
-        # the rows of a slide stand for one slide at risk, however many they are
-        share = 1 / torch.bincount(rows, minlength=len(batch.targets))[rows].to(targets.dtype)
+        # the rows of a slide stand for one slide, however many they are: of a small bag there are fewer pseudo-bags
+        share = 1 / torch.bincount(rows, minlength=len(batch.targets))[rows].to(logits.dtype)
         weights = share if weights is None else share * weights
+        if self.bank is None:
+            return self.task.loss(logits, targets, weights * (len(rows) / len(batch.targets)))
         names = tuple(batch.bags.slide_ids[row] for row in rows.tolist()) if batch.bags.slide_ids else ()
         return self.bank.loss(logits[:, 0], targets, names, weights)

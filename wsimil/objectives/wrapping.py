@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wsimil.batch import BagOutput, Objective
+from wsimil.batch import BagBatch, BagOutput, Objective
 
 __all__ = ["Wrapping", "listening"]
 
@@ -52,12 +52,12 @@ class Wrapping(Objective):
 
 
 @contextmanager
-def listening(model: nn.Module) -> Iterator[list[BagOutput]]:
-    """What the model says in between, call by call."""
-    heard: list[BagOutput] = []
+def listening(model: nn.Module) -> Iterator[list[tuple[BagBatch, BagOutput]]]:
+    """What the model is asked and says in between, call by call: a wrapped objective may show it fewer tiles than there are."""
+    heard: list[tuple[BagBatch, BagOutput]] = []
 
     def hear(module: nn.Module, arguments: Any, output: Any) -> None:
-        heard.append(output)
+        heard.append((arguments[0], output))
 
     hook = model.register_forward_hook(hear)
     try:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
 from wsimil.aggregators import Standardized
+from wsimil.aggregators.packed import recomputing
 from wsimil.batch import BagBatch
 from wsimil.config import TrainConfig
 from wsimil.errors import UsageError
@@ -179,7 +180,9 @@ class _Stack:
             logits = functional_call(self.inner, (changed, buffers), (bags,)).logits
             return self.task.row_losses(logits, targets)
 
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
+        # what is computed again is computed outside of vmap, where the stacked weights are none
+        precision = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
+        with precision, recomputing(None):
             each = vmap(one, randomness="different")(
                 self.params, self.buffers, self.mean, self.scale, self.targets[side][:, places]
             )
