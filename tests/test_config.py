@@ -278,3 +278,32 @@ def test_what_is_saved_is_what_is_printed(tmp_path):
     save_settings(path, Settings(), ["tile", "train"])
     assert path.read_text(encoding="utf-8") == to_yaml(Settings(), ["tile", "train"])
     assert list(as_mapping(Settings(), ["tile", "train"])) == ["tile", "train"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tile: {mpp: 1.0}\ntile: {tile_px: 100}",
+        "tile: {mpp: 1.0, mpp: 2.0}",
+        "tile: {tile_px: 100, tile-px: 200}",
+        "tile.mpp: 1.0\ntile: {mpp: 2.0}",
+        "tile: {mpp: 1.0}\ntile.mpp: 2.0",
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="twice"):
+        read_settings(["tile"], path)
+
+
+@pytest.mark.parametrize(("text", "said"), [("tile: 5", "tile is 5; expected keys and values"), ("tiel: {mpp: 1}", "did you mean tile")])
+def test_a_section_is_a_mapping_and_its_name_is_suggested(tmp_path, text, said):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_settings(["tile"], tmp_path / "c.yaml")
+
+
+def test_an_underscore_is_no_decimal_point():
+    with pytest.raises(ConfigError, match="expected a number"):
+        read_settings(["tile"], overrides={"tile.mpp": "0_5"})

@@ -83,8 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wsimil {name}: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nwsimil {name}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        again = "begins anew" if name in _BEGIN_ANEW else "goes on where it stopped"
+        print(f"\nwsimil {name}: interrupted; the same command {again}", file=sys.stderr)
         return 130
+
+
+_BEGIN_ANEW = ("predict", "evaluate", "heatmap", "report", "probe", "search", "split")
+"""Commands that keep no books of what is done."""
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
@@ -443,7 +448,8 @@ def _ending(failed: list[str], *, status: Path | None = None) -> int:
     names = [line.split(": ")[0] for line in failed]
     whys = [line.split(": ", 1)[-1] for line in failed]
     if status is None:
-        print(f"{len(failed)} failed: {', '.join(names)} ({whys[0]}{' …' if len(failed) > 1 else ''})", file=sys.stderr)
+        shown = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
+        print(f"{len(failed)} failed: {shown} ({whys[0]}{' …' if len(failed) > 1 else ''})", file=sys.stderr)
         return 1
     reasons = Counter(_without_name(why, name) for why, name in zip(whys, names, strict=True))
     for reason, count in reasons.most_common(_REASONS):

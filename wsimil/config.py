@@ -622,12 +622,25 @@ def _resolve(key: str, keys: Mapping[str, list[str]], source: str) -> list[str]:
     if key in keys:
         return keys[key]
     where = f"{source}: " if source else ""
-    raise ConfigError(f"{where}unknown key {key}{nearest(key, keys)}")
+    raise ConfigError(f"{where}unknown key {key}{nearest(key, [*keys, *SECTIONS])}")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key stands once: of two, one would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = normalise_key(str(self.construct_object(key_node, deep=True)))
+            if key in seen:
+                raise yaml.MarkedYAMLError(None, None, f"the key {key} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -642,9 +655,16 @@ def _flatten(content: Mapping[str, Any], sections: Iterable[str]) -> dict[str, A
     for key, value in content.items():
         key = normalise_key(str(key))
         if key in sections and isinstance(value, Mapping):
-            flat |= {f"{key}.{normalise_key(str(inner))}": inner_value for inner, inner_value in value.items()}
+            inside = {f"{key}.{normalise_key(str(inner))}": inner_value for inner, inner_value in value.items()}
+            if twice := sorted(flat.keys() & inside.keys()):
+                raise ConfigError(f"{twice[0]} is set twice; keep one")
+            flat |= inside
         elif key in sections and value is None:
             continue
+        elif key in flat:
+            raise ConfigError(f"{key} is set twice; keep one")
+        elif key in sections:
+            raise ConfigError(f"{key} is {value!r}; expected keys and values, for example `{key}: {{…}}`")
         else:
             flat[key] = value
     return flat
@@ -688,7 +708,7 @@ def _coerce(kind: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"{key} is {value!r}; expected text")
         return str(value)
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or "_" in str(value):  # Python reads 0_5 as 5
             raise ValueError
         number = float(value)
         if kind is int:

@@ -112,12 +112,15 @@ def convert_bags(
     for folder in {path.parent for path in out.rglob(".*.tmp-*")}:
         sweep_temporary_files(folder)
     before, rows, written = _read_book(out / "convert.csv"), {}, time.monotonic()
+    names: dict[str, Path] = {}
     remarks: Counter[str] = Counter()
     widths: Counter[int] = Counter()
     try:
         for slide_id, path in progress(list(paths.items()), "convert", unit="bag", quiet=quiet):
             key = _key(path, slide_id, config, known)
-            rows[slide_id] = _convert_one(layout, writer, path, slide_id, known, out, before.get(slide_id), key, remarks, widths)
+            rows[slide_id] = _convert_one(
+                layout, writer, path, slide_id, known, out, before.get(slide_id), key, remarks, widths, names
+            )
             if time.monotonic() - written > _WRITE_EVERY_S:
                 _write_book(out / "convert.csv", before | rows)
                 written = time.monotonic()
@@ -160,9 +163,13 @@ def _convert_one(
     key: str,
     remarks: Counter[str],
     widths: Counter[int],
+    names: dict[str, Path],
 ) -> Converted:
     try:
         header = layout.header(path, slide_id, known)
+        other = names.setdefault(header.slide_id, path)
+        if other != path:
+            raise BagFormatError(f"{other.name} and {path.name} are both of slide {header.slide_id}; remove one")
         there = all(file.is_file() for file in writer.files(out, {**header.attributes, "slide_id": header.slide_id}))
         if before is not None and before.key == key and before.status != "failed" and there:
             return replace(before, status="skipped")

@@ -88,17 +88,27 @@ def slide_name(slide_id: str) -> str:
 OUTPUT_MARK = ".wsimil-output"
 
 
+def is_file_name(text: str) -> bool:
+    """Whether a slide's id can be a file's name, and of no file elsewhere: no slash, no control character, no leading dot."""
+    return not (text.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f]", text))
+
+
 def mark_output(folder: Path) -> None:
     """Make `folder` and mark it as written by wsimil: the search for slides passes over it, wherever it lies.
 
     Raises:
         UsageError: a file is in the way.
     """
+    make_output_folder(folder)
+    (folder / OUTPUT_MARK).touch()
+
+
+def make_output_folder(folder: Path) -> None:
+    """Make `folder`, and those above it. Raises UsageError: a file is in the way."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"{folder}: a file of this name (or of a folder above it) is in the way; take another --out") from error
-    (folder / OUTPUT_MARK).touch()
 
 
 @contextmanager

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import COLUMNS, read_splits, splits_hash
 from wsimil.batch import BagBatch, BagOutput, pack
 from wsimil.config import FilterConfig, PredictConfig, Settings, save_settings
-from wsimil.errors import EncoderMismatchError, LabelsError, UsageError
+from wsimil.errors import EncoderMismatchError, LabelsError, UsageError, WsimilError
 from wsimil.evaluation.table import ENSEMBLE, SEEN
 from wsimil.extraction.extract import resolve_device
 from wsimil.extraction.job import Row, slides_of_job
-from wsimil.files import atomic_path, file_sha256, hash_of, sweep_temporary_files
-from wsimil.hdf5 import Dataset, write_hdf5
+from wsimil.files import atomic_path, file_sha256, hash_of, make_output_folder, sweep_temporary_files
+from wsimil.hdf5 import Dataset, read_attributes, write_hdf5
 from wsimil.progress import progress
 from wsimil.table import Table
 from wsimil.task import Task, agreed, survival_of
@@ -48,10 +48,11 @@ def predict(
     out: str | Path,
     *,
     config: PredictConfig | None = None,
+    only: Collection[str] | None = None,
     quiet: bool = False,
     say: Callable[[str], None] = lambda message: None,
 ) -> pd.DataFrame:
-    """Write `predictions.csv` and `scores/<slide_id>.h5` for every slide that has a bag.
+    """Write `predictions.csv` and `scores/<slide_id>.h5` for every slide that has a bag; `only` these if given.
 
     Args:
         bags: job folder or `features_*` folder.
@@ -68,7 +69,7 @@ def predict(
     """
     config = config or PredictConfig()
     run = _read_run(Path(model), say)
-    bag_folder = BagFolder(bags, filter=run.filter, cache_bytes=0)  # every slide is read once
+    bag_folder = BagFolder(bags, filter=run.filter, only=only, cache_bytes=0)  # every slide is read once
     for remark in bag_folder.remarks:
         say(remark)
     _check_encoder(bag_folder, run)
@@ -77,8 +78,9 @@ def predict(
     device = resolve_device(config.device)
     for trained in run.models:
         trained.model.to(device)
-    (Path(out) / "scores").mkdir(parents=True, exist_ok=True)
+    make_output_folder(Path(out) / "scores")
     sweep_temporary_files(Path(out) / "scores")
+    (Path(out) / "predictions.csv").unlink(missing_ok=True)  # half-done work must not look done
     statuses = slides_of_job(bag_folder)
     rows: list[dict] = []
     groups = _groups(bag_folder, run, config)
@@ -107,7 +109,7 @@ def predict(
             rows += [row | _side_of(fold) for fold in run.models_for(status.slide_id) or [""]]
     written = {slide_id for row in rows if row["status"] == "done" for slide_id in groups.get(row["slide_id"], [])}
     for path in (Path(out) / "scores").glob("*.h5"):
-        if path.stem not in written:  # of an earlier prediction of other slides
+        if path.stem not in written and _is_ours(path):  # of an earlier prediction of other slides
             path.unlink()
     columns = _columns(run.task) + [column for column in ("group", SEEN) if any(column in row for row in rows)]
     table = pd.DataFrame(rows, columns=columns).sort_values("slide_id", ignore_index=True, kind="stable")
@@ -115,6 +117,13 @@ def predict(
     with atomic_path(Path(out) / "predictions.csv") as temporary:
         table.to_csv(temporary, index=False)  # every digit that is there: rounded, confident predictions would be ties
     return table
+
+
+def _is_ours(scores: Path) -> bool:
+    try:
+        return read_attributes(scores).get("format") == "wsimil-scores"
+    except (WsimilError, OSError):
+        return False
 
 
 def _side_of(fold: str) -> dict[str, str]:

@@ -15,18 +15,23 @@ from typing import Any
 
 import pandas as pd
 
+from wsimil.aggregators import check_aggregator
 from wsimil.bags.dataset import BagFolder
-from wsimil.bags.splits import splits_hash, write_splits
+from wsimil.bags.labels import infer_task, match_labels, match_slides, read_labels
+from wsimil.bags.splits import read_splits, splits_hash, write_splits
 from wsimil.config import STUDY_SECTIONS, Settings, as_mapping, save_settings
 from wsimil.errors import UsageError, WsimilError
 from wsimil.evaluation import write_evaluation
 from wsimil.evaluation.table import read_predictions
 from wsimil.extraction import extract_features
+from wsimil.extraction.job import read_status
 from wsimil.files import file_sha256, hash_of, mark_output, read_json, write_json
 from wsimil.heatmaps import draw_heatmaps
 from wsimil.prediction import predict
 from wsimil.report import write_report
+from wsimil.slides.cohort import find_slides
 from wsimil.training import prepare_cohort, train
+from wsimil.training.goals import build_objective
 
 __all__ = ["Study", "run_study"]
 
@@ -67,6 +72,8 @@ def run_study(
         raise UsageError(
             f"a study has one encoder, not {len(settings.extract.encoder)}; `wsimil extract` makes bags of several at once"
         )
+    ids = {file.slide_id for file in find_slides(slides)}
+    _check_request(ids, labels, out / "bags", splits, settings)
     mark_output(out)
     save_settings(out / "study.yaml", settings, STUDY_SECTIONS)
     books = _Books(out / "logs" / "stages.json", say)
@@ -80,7 +87,9 @@ def run_study(
     if not bags.exists():
         raise WsimilError(f"no slide gave a bag; {out / 'bags' / 'status.csv'} says why")
 
-    folder = BagFolder(bags, filter=settings.filter)
+    folder = BagFolder(bags, filter=settings.filter, only=ids)
+    if gone := len(list(bags.glob("*.h5"))) - len(folder.slide_ids):
+        say(f"{gone} bags in {bags} are of slides that are not in {slides} any more: left out")
     cohort = prepare_cohort(folder, labels, splits=splits, labels_config=settings.labels, split_config=settings.split)
     write_splits(out / "splits.csv", cohort.splits)
 
@@ -103,7 +112,7 @@ def run_study(
             as_mapping(settings, ["filter", "predict"]),
         ],
         predictions / "predictions.csv",
-        lambda: predict(bags, run, predictions, config=settings.predict, quiet=quiet, say=say),
+        lambda: predict(bags, run, predictions, config=settings.predict, only=ids, quiet=quiet, say=say),
     )
     table_hash = file_sha256(predictions / "predictions.csv")
     task = cohort.task
@@ -144,6 +153,28 @@ def run_study(
     return Study(out, metrics, failed)
 
 
+def _check_request(ids: set[str], labels: str | Path, job: Path, splits: str | Path | None, settings: Settings) -> None:
+    """What can be wrong with labels, splits and settings, before slides are read for hours. Raises UsageError."""
+    known = ids | set(read_status(job / "status.csv"))
+    split, config = settings.split, settings.train
+    table = match_labels(read_labels(labels, settings.labels, group=split.group, site=split.site, test=split.test), known)
+    given = [label for label in table["label"] if label]
+    task = infer_task(given, settings.labels).fitted(given, config)
+    check_aggregator(config.aggregator, config.options_of("aggregator_options"))
+    build_objective(config, task, given)
+    if splits is not None:
+        folds = read_splits(splits)
+        match_slides(folds["slide_id"], known)
+        if config.fold != "all" and int(config.fold) not in set(folds["fold"]):
+            raise UsageError(f"--fold {config.fold}: the splits have folds {', '.join(map(str, sorted(set(folds['fold']))))}")
+
+
+def _listing(output: Path) -> str:
+    """Which files there are: a stage whose files were taken away is done again."""
+    folder = output if output.is_dir() else output.parent
+    return hash_of(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+
+
 class _Books:
     """Which stage was done from which inputs."""
 
@@ -156,14 +187,15 @@ class _Books:
 
     def stage(self, name: str, inputs: Any, output: Path, work: Callable[[], Any]) -> None:
         key = hash_of(inputs)
-        if self.keys.get(name) == key and output.exists():
+        parts = f"{name}.files"
+        if self.keys.get(name) == key and output.exists() and self.keys.get(parts, "") in ("", _listing(output)):
             self.say(f"{name}: unchanged")
             return
         started = time.monotonic()
         self.forget(name)  # half-done work must not look done
         self.say(f"{name} …")
         work()
-        self.keys[name] = key
+        self.keys |= {name: key, parts: _listing(output)}
         write_json(self.path, self.keys)
         self.say(f"{name}: {time.monotonic() - started:.0f} s")
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -54,6 +55,11 @@ def read_cells(path: str | Path, error: type[UsageError]) -> Cells:
     if len(set(named)) < len(named):
         twice = next(column for column in named if named.count(column) > 1)
         raise error(f"{path}: two columns are named {twice!r}")
+    for line, row in rows:
+        if run_on := next((cell for cell in row if re.search(r"[\r\n]", cell) and separator in cell), None):
+            raise error(
+                f"{path}, line {line}: a cell runs over several lines ({run_on[:30]!r} …); is there a quote that is never closed?"
+            )
     for line, row in rows[1:]:
         if any(row[len(columns) :]):
             raise error(f"{path}, line {line}: more cells than columns; text that holds {separator!r} must be quoted")

@@ -28,3 +28,8 @@ UPSAMPLING_TOLERANCE = 1.10
 def nominal_magnification(mpp: float) -> int:
     """Objective magnification by the 10x = 1 µm/px convention; names folders, never decides a size."""
     return max(1, round(10.0 / mpp))
+
+
+def rounded(value: float) -> str:
+    """A number for people: three digits, and all of them before the point."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

@@ -266,16 +266,20 @@ def test_bags_are_never_written_over_themselves(tmp_path):
 
 
 def test_a_map_takes_from_the_slide_only_what_it_does_not_know():
-    def tile_map(unit: str, size: tuple[int, int]) -> TileMap:
-        return TileMap("s", np.ones(2, np.float32), np.array([[0, 64], [32, 96]]), 32.0, "attention", "", size, (0, 0), unit)
+    def tile_map(unit: str, size: tuple[int, int], bounds: tuple[int, int] | None = (0, 0)) -> TileMap:
+        return TileMap("s", np.ones(2, np.float32), np.array([[0, 64], [32, 96]]), 32.0, "attention", "", size, bounds, unit)
 
     known = tile_map("px", SIZE)
-    assert known.on(None, (5, 5)) is known
-    assert tile_map("px", (0, 0)).on(None, SIZE).size_level0_px == SIZE
-    placed = tile_map("um", (0, 0)).on(0.5, SIZE)
+    assert known.complete and known.on(None, (5, 5), (7, 7)) is known
+    assert tile_map("px", (0, 0)).on(None, SIZE, (7, 7)).size_level0_px == SIZE
+    assert tile_map("px", (0, 0)).on(None, SIZE, (7, 7)).bounds == (0, 0)
+    # the corner of what was scanned: QuPath counts from there
+    assert not tile_map("px", SIZE, None).complete and tile_map("px", SIZE, None).on(None, SIZE, (1003, 607)).bounds == (1003, 607)
+    placed = tile_map("um", (0, 0), None).on(0.5, SIZE, (10, 20))
+    assert placed.bounds == (10, 20)
     assert (placed.tile_level0_px, placed.size_level0_px, placed.coords_level0_px.tolist()) == (64, SIZE, [[0, 128], [64, 192]])
     with pytest.raises(SlideScaleUnknownError, match="no µm/px"):
-        tile_map("um", (0, 0)).on(None, SIZE)
+        tile_map("um", (0, 0)).on(None, SIZE, (0, 0))
 
 
 def test_from_a_foreign_folder_to_heatmaps(tmp_path, capsys):

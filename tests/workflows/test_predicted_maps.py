@@ -34,7 +34,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name, kind = f"s{index:02}", index // 2 % 3
         draw = np.random.default_rng(index)
         stated = {"slide_id": name, "encoder": "texture", "encoder_sha256": "a" * 64, "mpp": 0.5, "tile_level0_px": 128.0}
-        stated |= {"recipe_hash": "r", "level0_width": 5000, "level0_height": 5000}
+        stated |= {"recipe_hash": "r", "level0_width": 5000, "level0_height": 5000, "bounds_x": 0, "bounds_y": 0}
         features = draw.normal(0, 0.3, (6, 4)) + 3 * np.eye(4)[kind]
         bag = Bag(features.astype(np.float16), draw.integers(0, 4000, (6, 2)), np.ones(6, bool), {}, stated)
         write_bag(folder / "bags" / f"{name}.h5", bag, GEOMETRY)

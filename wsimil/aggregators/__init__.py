@@ -6,7 +6,7 @@ The annotations of its arguments say what its options may be: whole numbers at l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from wsimil.batch import Aggregator
 from wsimil.config import checked_options, nearest
 from wsimil.errors import ConfigError
 
-__all__ = ["AGGREGATORS", "AggregatorEntry", "Standardized", "make_aggregator"]
+__all__ = ["AGGREGATORS", "AggregatorEntry", "Standardized", "check_aggregator", "make_aggregator"]
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,17 @@ AGGREGATORS: dict[str, AggregatorEntry] = {
 }
 
 
+def check_aggregator(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, held against kinds and ranges.
+
+    Raises:
+        ConfigError: the name is not in `AGGREGATORS`, or an option is unknown, of the wrong kind or out of range.
+    """
+    if name not in AGGREGATORS:
+        raise ConfigError(f"aggregator {name!r} is unknown{nearest(name, AGGREGATORS)} (known: {', '.join(AGGREGATORS)})")
+    return checked_options(AGGREGATORS[name].make, options, f"aggregator {name}")
+
+
 def make_aggregator(
     name: str, dim: int, n_outputs: int, *, hidden: int = 256, dropout: float = 0.25, check: bool = True, **options: Any
 ) -> Aggregator:
@@ -148,8 +159,6 @@ def make_aggregator(
     Raises:
         ConfigError: the name is not in `AGGREGATORS`, or an option is of the wrong kind or out of range.
     """
-    if name not in AGGREGATORS:
-        raise ConfigError(f"aggregator {name!r} is unknown{nearest(name, AGGREGATORS)} (known: {', '.join(AGGREGATORS)})")
-    if check:
-        options = checked_options(AGGREGATORS[name].make, options, f"aggregator {name}")
+    if check or name not in AGGREGATORS:
+        options = check_aggregator(name, options)
     return AGGREGATORS[name].make(dim, n_outputs, hidden=hidden, dropout=dropout, **options)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from wsimil.errors import BagFormatError
+from wsimil.files import is_file_name
 from wsimil.hdf5 import Dataset, is_whole, open_hdf5, plain_attributes, read_array, stored_rows, write_hdf5
 from wsimil.units import nominal_magnification
 
@@ -128,7 +129,10 @@ class BagHeader:
 
     @property
     def slide_id(self) -> str:
-        return str(self.attributes.get("slide_id") or self.path.stem)
+        slide_id = str(self.attributes.get("slide_id") or self.path.stem)
+        if not is_file_name(slide_id):  # files of other names are made of it
+            raise BagFormatError(f"{self.path}: its slide_id {slide_id!r} cannot be a file name")
+        return slide_id
 
     def scores(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """valid (N,) bool and qc {name: (N,)}, features unread. Raises BagFormatError as `read_header` does."""

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class BagFolder:
     Args:
         folder: a job folder, a `features_*` folder, or a folder of another program's bags.
         filter: which tiles count; every valid one if not given.
+        only: ids of the slides to take; others are as if they were not there.
         cache_bytes: bags kept in memory, at most.
 
     Raises:
@@ -62,7 +64,14 @@ class BagFolder:
         EncoderMismatchError: bags of different encoders.
     """
 
-    def __init__(self, folder: str | Path, *, filter: FilterConfig = NO_FILTER, cache_bytes: int = 4 << 30) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        filter: FilterConfig = NO_FILTER,
+        only: Collection[str] | None = None,
+        cache_bytes: int = 4 << 30,
+    ) -> None:
         self.filter = filter
         if foreign := find_foreign(Path(folder)):
             layout, paths = foreign
@@ -71,8 +80,10 @@ class BagFolder:
         else:
             self.folder = find_features_folder(folder)
             headers = [read_header(path) for path in sorted(self.folder.glob("*.h5")) if not path.name.startswith(".")]
+        if only is not None:
+            headers = [header for header in headers if header.slide_id in only]
         if not headers:
-            raise UsageError(f"{self.folder}: no bag (*.h5) in it")
+            raise UsageError(f"{self.folder}: no bag (*.h5) in it" + ("" if only is None else " of these slides"))
         _check_same_encoder(headers)
         self.headers: dict[str, BagHeader] = {}
         for header in headers:

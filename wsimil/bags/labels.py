@@ -273,11 +273,17 @@ def _found(names: Iterable[str], known: set[str]) -> list[str | None]:
     for given in names:
         path = _path_of(given)
         found = [name for name in (given, str(path), slide_id_from_path(path)) if name in known][:1]
-        found = found or by_name.get(path.name, [])
+        found = found or [name for name in by_name.get(path.name, []) if _may_be(path, name)]
         if len(found) > 1:
             raise LabelsError(f"slide {given!r} of the table could be {', '.join(found)}; name it by its id")
         matched.append(found[0] if found else None)
     return matched
+
+
+def _may_be(path: PurePosixPath, slide_id: str) -> bool:
+    """Whether folders agree as far as both sides have some: y/a.svs is a, and z/y/a.svs, and not x/a.svs."""
+    given = slide_id_from_path(path)
+    return len(path.parts) == 1 or f"__{given}".endswith(f"__{slide_id}") or f"__{slide_id}".endswith(f"__{given}")
 
 
 def _path_of(name: str) -> PurePosixPath:

@@ -85,6 +85,8 @@ def read_predictions(path: str | os.PathLike[str]) -> pd.DataFrame:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, UnicodeDecodeError, pd.errors.EmptyDataError, pd.errors.ParserError) as error:
         raise UsageError(f"{path}: not a predictions table: {error}") from error
+    if "slide_id" not in table:
+        raise UsageError(f"{path}: not a predictions table: no column slide_id (columns: {', '.join(table.columns)})")
     for column in table.columns:
         if column.startswith((_PREFIX, _SURVIVAL_PREFIX)) or column in ("value", "risk", "threshold", "time"):
             try:

@@ -21,7 +21,7 @@ from wsimil.config import HeatmapConfig, JobConfig
 from wsimil.errors import SlideError, UsageError, WsimilError
 from wsimil.extraction.desk import NO_MORE_SPACE
 from wsimil.extraction.pool import Call, Done, Failed, ReaderCrash, ReaderPool, reader_count
-from wsimil.files import atomic_path, mark_output, sweep_temporary_files, write_text
+from wsimil.files import OUTPUT_MARK, atomic_path, mark_output, sweep_temporary_files, write_text
 from wsimil.hdf5 import read_attributes
 from wsimil.heatmaps.geojson import tiles_geojson
 from wsimil.heatmaps.picture import overlay
@@ -29,6 +29,7 @@ from wsimil.heatmaps.tile_map import TileMap, read_tile_map
 from wsimil.progress import progress
 from wsimil.slides.cohort import SlideFile, find_slides
 from wsimil.slides.slide import Slide
+from wsimil.units import rounded
 
 if TYPE_CHECKING:
     from wsimil.extraction.reader import Reading
@@ -78,6 +79,7 @@ def draw_heatmaps(
     number, n_shards = job.shard_of()
     scores = scores[number - 1 :: n_shards]
     files = {file.slide_id: file for file in find_slides(slides)}
+    _check_not_in_the_way(out, [f"{path.stem}.{suffix}" for path in scores for suffix in config.format], files)
     mark_output(out)
     wrong = {path.stem: f"not among the {len(files)} slides of {slides}" for path in scores if path.stem not in files}
     calls = deque(
@@ -104,6 +106,17 @@ def draw_heatmaps(
     for line in lines:
         say(line)
     return lines
+
+
+def _check_not_in_the_way(out: Path, names: list[str], files: Mapping[str, SlideFile]) -> None:
+    """Raises UsageError where a map would be written over a slide, or over a file that is none of ours."""
+    there = [out / name for name in names if (out / name).exists()]
+    slides = {os.path.realpath(file.path) for file in files.values()} if there else set()
+    for path in there:
+        if os.path.realpath(path) in slides:
+            raise UsageError(f"{path} is a slide, and its map would be written over it; take another --out")
+        if not (out / OUTPUT_MARK).exists():
+            raise UsageError(f"{path} is there already, and wsimil has not written into {out} before; take another --out")
 
 
 def _row_of(scores: Path, rows: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -141,9 +154,11 @@ def draw_in_reader(
         for suffix in config.format:
             (out / f"{file.slide_id}.{suffix}").unlink(missing_ok=True)
         tile_map = read_tile_map(scores, config.map, class_name=config.class_name, predicted=_likeliest(row))
-        if tile_map.unit != "px" or not all(tile_map.size_level0_px):  # of another program's bags
+        _check_same_file(file, tile_map)
+        if not tile_map.complete:  # of another program's bags
             slide = reading.slide(file, None)
-            tile_map = tile_map.on(slide.mpp, (slide.width, slide.height))
+            bounds = (slide.bounds.x, slide.bounds.y)
+            tile_map = tile_map.on(slide.mpp, (slide.width, slide.height), bounds)
         if "png" in config.format:
             picture = _picture(reading.slide(file, None), tile_map, config.max_side_px)
             reading.alive()
@@ -152,12 +167,21 @@ def draw_in_reader(
                 image.save(temporary, compress_level=1, compress_type=_Z_RLE)
             reading.alive()
         if "geojson" in config.format:
-            origin = tile_map.bounds if config.qupath_bounds == "auto" else (0, 0)
+            origin = (tile_map.bounds or (0, 0)) if config.qupath_bounds == "auto" else (0, 0)
             write_text(out / f"{file.slide_id}.geojson", tiles_geojson(tile_map, origin=origin))
     except SlideError:
         raise
     except WsimilError as error:  # a scores file is as much a matter of the slide as its pixels are
         raise SlideError(str(error)) from error
+
+
+def _check_same_file(file: SlideFile, tile_map: TileMap) -> None:
+    try:
+        content = file.fingerprint()
+    except OSError:
+        return  # opening it says so better
+    if tile_map.slide_fingerprint and content != tile_map.slide_fingerprint:
+        raise SlideError("another version of the slide than the one that was predicted; make its bag and its prediction anew")
 
 
 def _picture(slide: Slide, tile_map: TileMap, max_side_px: int) -> np.ndarray:
@@ -193,5 +217,5 @@ def _caption(tile_map: TileMap, row: Mapping[str, Any], *, asked: bool = False) 
         return f"{whose}{said}" + (f"   true: {true}" if true else "")
     for column, said in (("value", "predicted"), ("risk", "risk")):
         if column in row:
-            return f"{whose}{said} {float(row[column]):.3g}" + (f"   true {true}" if true else "")
+            return f"{whose}{said} {rounded(float(row[column]))}" + (f"   true {true}" if true else "")
     return tile_map.slide_id

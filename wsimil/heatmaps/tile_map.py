@@ -45,21 +45,31 @@ class TileMap:
     kind: str  # contribution, attention, tile_prob
     class_name: str  # what the values speak for
     size_level0_px: tuple[int, int]
-    bounds: tuple[int, int]  # x, y
+    bounds: tuple[int, int] | None  # x, y; None: not known
     unit: str = "px"  # of coordinates and sides; um: of another program's bags that do not know the slide's pixels
+    slide_fingerprint: str = ""  # of the file that was predicted; empty: not known
 
-    def on(self, slide_mpp: float | None, size_level0_px: tuple[int, int]) -> TileMap:
+    @property
+    def complete(self) -> bool:
+        """Whether it needs nothing from the slide to be placed on it."""
+        return self.unit == "px" and all(self.size_level0_px) and self.bounds is not None
+
+    def on(self, slide_mpp: float | None, size_level0_px: tuple[int, int], bounds: tuple[int, int]) -> TileMap:
         """The same map in the slide's own pixels, of a slide of this size; only what the map does not know is taken over.
 
         Raises:
             SlideScaleUnknownError: positions are in µm, and so the slide's µm/px is needed.
         """
+        if self.complete:
+            return self
+        bounds = bounds if self.bounds is None else self.bounds
         if self.unit == "px":
-            return self if all(self.size_level0_px) else replace(self, size_level0_px=size_level0_px)
+            size = self.size_level0_px if all(self.size_level0_px) else size_level0_px
+            return replace(self, size_level0_px=size, bounds=bounds)
         if slide_mpp is None:
             raise SlideScaleUnknownError("tiles are placed in µm, and the slide states no µm/px; state it in a slide table (`mpp`)")
         coords, side = self.coords_level0_px / slide_mpp, self.tile_level0_px / slide_mpp
-        return replace(self, coords_level0_px=coords, tile_level0_px=side, size_level0_px=size_level0_px, unit="px")
+        return replace(self, coords_level0_px=coords, tile_level0_px=side, size_level0_px=size_level0_px, bounds=bounds, unit="px")
 
     @property
     def signed(self) -> bool:
@@ -186,6 +196,7 @@ def read_tile_map(scores: Path, kind: str = "auto", *, class_name: str | None = 
         kind=kind,
         class_name=names[column] if names and kind != "attention" else "attention",
         size_level0_px=(int(attributes.get("level0_width", 0)), int(attributes.get("level0_height", 0))),
-        bounds=(int(attributes.get("bounds_x", 0)), int(attributes.get("bounds_y", 0))),
+        bounds=(int(attributes["bounds_x"]), int(attributes["bounds_y"])) if "bounds_x" in attributes else None,
+        slide_fingerprint=str(attributes.get("slide_fingerprint", "")),
         unit=unit,
     )

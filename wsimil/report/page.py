@@ -17,6 +17,7 @@ import pandas as pd
 from wsimil.errors import UsageError
 from wsimil.evaluation.table import mean_over_folds, read_predictions
 from wsimil.files import read_json, write_text
+from wsimil.units import rounded
 
 __all__ = ["write_report"]
 
@@ -44,6 +45,8 @@ def write_report(study: str | Path) -> Path:
         predictions = mean_over_folds(read_predictions(study / "predictions" / "predictions.csv"))
     except OSError as error:
         raise UsageError(f"{study}: {error.filename} is missing; `wsimil run` makes a whole study") from error
+    except ValueError as error:
+        raise UsageError(f"{study / 'evaluation' / 'metrics.json'}: not JSON ({error}); `wsimil evaluate` makes it anew") from error
     body = [
         f"<h1>{html.escape(study.resolve().name)}</h1>",
         _counts(metrics),
@@ -153,6 +156,6 @@ def _figure(study: Path, row: dict[str, Any]) -> str:
         chance = "" if probability is None else f" ({float(probability):.2f})"
         text += f"<br>{html.escape(str(row['prediction']))}{chance}, true {html.escape(str(row['label']))}"
     else:
-        said = f"predicted {float(row['value']):.3g}" if "value" in row else f"risk {float(row['risk']):.3g}"
+        said = f"predicted {rounded(float(row['value']))}" if "value" in row else f"risk {rounded(float(row['risk']))}"
         text += f"<br>{said}, true {html.escape(str(row['label']))}"
     return f'<figure class="{"wrong" if row["wrong"] else ""}">{image}<figcaption>{text}</figcaption></figure>'

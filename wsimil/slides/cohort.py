@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from wsimil.config import nearest
 from wsimil.errors import UsageError
-from wsimil.files import OUTPUT_MARK, SLIDE_SUFFIXES, fingerprint, slide_id_from_path, strip_suffix
+from wsimil.files import IMAGE_SUFFIXES, OUTPUT_MARK, SLIDE_SUFFIXES, fingerprint, is_file_name, slide_id_from_path, strip_suffix
 from wsimil.table import Cells, read_cells
 
 __all__ = ["SlideFile", "find_slides"]
@@ -114,9 +114,10 @@ def _in_folder(root: Path) -> list[SlideFile]:
             subfolders.clear()
             continue
         seen.add(real)
-        if OUTPUT_MARK in files and Path(folder) != root:  # pictures of ours, not slides
+        if OUTPUT_MARK in files and Path(folder) != root:
             subfolders.clear()
-            continue
+            # pictures are ours there; slides of other kinds are not: somebody's --out was the folder of their slides
+            files = [name for name in files if not name.lower().endswith(IMAGE_SUFFIXES)]
         subfolders[:] = sorted(name for name in subfolders if not (name.startswith(".") or _linked_inside(folder, name, real_root)))
         names = sorted(
             name
@@ -170,7 +171,7 @@ def _in_table(table: Path) -> list[SlideFile]:
         slide_id, mpp = (row.get(column) or row.get(theirs.get(column, column), "") for column in ("slide_id", "mpp"))
         if not entry:
             raise UsageError(f"{table}, line {line}: the slide is empty")
-        if slide_id and (slide_id.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f]", slide_id)):
+        if slide_id and not is_file_name(slide_id):
             raise UsageError(f"{table}, line {line}: slide_id {slide_id!r} cannot be a file name")
         path = table.parent / entry  # an absolute entry stays as it is
         name = Path(entry).name if Path(entry).is_absolute() or ".." in Path(entry).parts else Path(entry).as_posix()
@@ -184,7 +185,7 @@ def _number(text: str, cells: Cells, where: str) -> float | None:
     if cells.separator != ",":
         text = re.sub(r"^(\d*),(\d+)$", r"\1.\2", text)  # as spreadsheets write it in much of the world
     try:
-        mpp = float(text) if text else None
+        mpp = float(text.replace("_", "?")) if text else None
     except ValueError:
         raise UsageError(f"{where}: mpp is {text!r}; expected µm/px as a number") from None
     if mpp is not None and not 0 < mpp < math.inf:
