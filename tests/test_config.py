@@ -297,7 +297,9 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, text):
         read_settings(["tile"], path)
 
 
-@pytest.mark.parametrize(("text", "said"), [("tile: 5", "tile is 5; expected keys and values"), ("tiel: {mpp: 1}", "did you mean tile")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("tile: 5", "tile is 5; expected keys and values"), ("tiel: {mpp: 1}", "did you mean tile")]
+)
 def test_a_section_is_a_mapping_and_its_name_is_suggested(tmp_path, text, said):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):

@@ -72,6 +72,8 @@ def test_text_with_separators_and_line_breaks_is_one_cell(table):
         ("slide,label,label\na,1,2\n", "two columns are named 'label'"),
         ("slide,label\na,1\nb,tumour, left\n", "line 3: more cells than columns"),
         ("slide,label\na,1\n\n ,2\n", "line 4: the slide is empty"),
+        ('slide,label,note\na,1,x\nb,1,"ulcerated\nc,1,y\nd,2,z\n', "a cell runs over several lines .*quote that is never closed"),
+        ('slide,label,note\r\na,1,"x\r\nb,1,"y"\r\n', "a cell runs over several lines"),
     ],
 )
 def test_tables_that_cannot_be_used_say_why(table, content, words):
@@ -161,6 +163,17 @@ def test_a_file_name_that_two_slides_have_is_no_name():
         match_slides(["D", "A.svs"], IDS)
 
 
+@pytest.mark.parametrize(("name", "slide_id"), [("slides/a.svs", "a"), ("y/a.svs", "z__y__a"), ("z/y/a.svs", "y__a")])
+def test_folders_that_agree_as_far_as_they_go_are_one_slides(name, slide_id):
+    assert match_slides([name], [slide_id, "b"]) == [slide_id]
+
+
+@pytest.mark.parametrize(("name", "slide_id"), [("y/a.svs", "x__a"), ("x/y/a.svs", "z__y__a")])
+def test_a_folder_that_says_otherwise_is_another_slides(name, slide_id):
+    with pytest.raises(LabelsError, match=f"{name!r} of the table is none of"):
+        match_slides([name], [slide_id, "b"])
+
+
 def test_an_id_beats_a_file_name():
     assert match_slides(["A"], ["A", "x__A"]) == ["A"]
 
@@ -179,9 +192,7 @@ def test_the_same_said_twice_is_one_row():
     assert matched["slide_id"].tolist() == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    ("other", "words"), [(("a.svs", "P", "y"), "label 'x' and 'y'"), (("a", "Q", "x"), "patient 'P' and 'Q'")]
-)
+@pytest.mark.parametrize(("other", "words"), [(("a.svs", "P", "y"), "label 'x' and 'y'"), (("a", "Q", "x"), "patient 'P' and 'Q'")])
 def test_two_things_said_of_one_slide_are_an_error(other, words):
     with pytest.raises(LabelsError, match=f"two things of a: {words}"):
         match_labels(labelled(("b", "P", "x"), ("a", "P", "x"), other), ["a", "b"])

@@ -43,6 +43,11 @@ def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
     assert ids(tmp_path) == ["a"]
 
 
+def test_slides_in_a_folder_that_was_written_into_are_found_and_pictures_are_not(tmp_path: Path) -> None:
+    touch(tmp_path, "a/x.svs", "a/y.png", "a/.wsimil-output", "a/overviews/x.png", "b/z.svs")
+    assert ids(tmp_path) == ["a__x", "b__z"] and ids(tmp_path / "a") == ["overviews__x", "x", "y"]
+
+
 def test_linked_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
     touch(tmp_path, "slides/a.svs", "slides/deep/b.svs", "elsewhere/c.svs", "elsewhere/more/d.svs")
     (tmp_path / "slides/far").symlink_to(tmp_path / "elsewhere")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import h5py
@@ -19,7 +20,7 @@ from wsimil.cli import main
 from wsimil.config import ConvertConfig
 from wsimil.conversion import WRITERS as LAYOUTS_WRITTEN
 from wsimil.conversion import convert_bags
-from wsimil.errors import SlideScaleUnknownError, UsageError
+from wsimil.errors import BagFormatError, SlideScaleUnknownError, UsageError
 from wsimil.heatmaps.tile_map import TileMap
 from wsimil.slides.write_tiff import write_slide
 
@@ -40,6 +41,25 @@ def ours(folder: Path, *, dtype: type = np.float16, **changes: object) -> Path:
 def the_only(folder: Path) -> Bag:
     (path,) = folder.glob("features_*/*.h5")
     return read_bag(path)
+
+
+def test_two_bags_of_one_slide_are_not_written_onto_one_file(tmp_path):
+    job = ours(tmp_path / "job")
+    shutil.copy(job / "features_uni" / "b__a.h5", job / "features_uni" / "copy.h5")
+    first, second = convert_bags(job, tmp_path / "clam", config=ConvertConfig(to="clam"), quiet=True)
+    assert (first.status, second.status) == ("done", "failed")
+    assert "b__a.h5 and copy.h5 are both of slide b__a" in second.reason
+
+
+@pytest.mark.parametrize("slide_id", ["../../evil", "/tmp/evil", "a\\b", ".hidden", "a\nb"])
+def test_an_id_that_is_a_path_is_refused(tmp_path, slide_id):
+    job = ours(tmp_path / "job", slide_id=slide_id)
+    with pytest.raises(BagFormatError, match="cannot be a file name"):
+        BagFolder(job)
+    for to in LAYOUTS_WRITTEN:
+        (row,) = convert_bags(job, tmp_path / "deep" / "er" / to, config=ConvertConfig(to=to), quiet=True)
+        assert row.status == "failed" and "cannot be a file name" in row.reason
+    assert not list(tmp_path.rglob("*evil*"))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

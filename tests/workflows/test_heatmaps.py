@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from conftest import speckled
@@ -28,6 +29,7 @@ from wsimil.extraction import extract_features
 from wsimil.files import mark_output, read_json, write_text
 from wsimil.hdf5 import Dataset, write_hdf5
 from wsimil.heatmaps import draw_heatmaps, read_tile_map
+from wsimil.slides.cohort import find_slides
 from wsimil.slides.slide import Slide
 from wsimil.slides.write_tiff import write_slide
 
@@ -189,6 +191,38 @@ def test_slides_that_cannot_be_drawn_are_lines_and_the_others_are_drawn(cohort: 
     for line, words in zip(wrong, ("not among the 4 slides", "", "another version of the slide", "s3.h5"), strict=True):
         assert words in line and "\n" not in line
     assert sorted(maps(cohort / "out")) == ["s4.geojson", "s4.png"]
+
+
+def test_no_map_is_written_over_a_slide_or_a_file_of_somebody_else(tmp_path: Path) -> None:
+    cohort = make_cohort(tmp_path, ["s0", "s1"])
+    annotation = cohort / "mine" / "s1.geojson"
+    write_text(annotation, "{}")
+    with pytest.raises(UsageError, match=r"mine/s1\.geojson is there already, and wsimil has not written"):
+        draw(cohort, "mine")
+    assert annotation.read_text() == "{}" and not (cohort / "mine" / ".wsimil-output").exists()
+    picture = cohort / "slides" / "s0.png"
+    with Slide(cohort / "slides" / "s0.tiff") as slide:
+        Image.fromarray(slide.overview((slide.width, slide.height))).save(picture)
+    (cohort / "slides" / "s0.tiff").unlink()
+    content = picture.read_bytes()
+    mark_output(cohort / "slides")  # even where it wrote before
+    with pytest.raises(UsageError, match=r"s0\.png is a slide"):
+        draw(cohort, "slides")
+    assert picture.read_bytes() == content
+    assert draw(cohort, "new") == [] and draw(cohort, "new") == []  # its own maps are drawn anew
+
+
+def test_another_file_of_the_same_size_is_not_drawn_on(tmp_path: Path) -> None:
+    cohort = make_cohort(tmp_path, ["s0"])
+    scores = cohort / "predictions" / "scores" / "s0.h5"
+    [file] = find_slides(cohort / "slides")
+    with h5py.File(scores, "r+") as content:
+        content.attrs["slide_fingerprint"] = file.fingerprint()
+    assert draw(cohort) == []
+    with h5py.File(scores, "r+") as content:
+        content.attrs["slide_fingerprint"] = "0" * 64
+    (line,) = draw(cohort, config=HeatmapConfig(format=("geojson",)))
+    assert "another version of the slide than the one that was predicted" in line
 
 
 def test_a_slide_that_hangs_or_crashes_a_library_is_a_line(tmp_path: Path, breaking: None) -> None:

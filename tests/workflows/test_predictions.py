@@ -14,7 +14,7 @@ from toy_bags import write_cohort
 
 from wsimil.cli import main
 from wsimil.config import PredictConfig, Settings, SplitConfig, TrainConfig
-from wsimil.errors import LabelsError
+from wsimil.errors import LabelsError, UsageError
 from wsimil.evaluation import evaluate_predictions
 from wsimil.evaluation.table import mean_over_folds, read_predictions
 from wsimil.files import atomic_path
@@ -145,3 +145,34 @@ def test_a_slide_that_two_folds_tested_has_a_row_of_each_and_one_map(cohort, tmp
     assert row["prob_pos"] == mean["prob_pos"]
     assert row["prediction"] == ("pos" if mean["prob_pos"] >= mean["threshold"] else "neg")
     assert len(read_attributes(tmp_path / "both/scores/s03.h5")["models"]) == 4
+
+
+def test_files_of_somebody_else_among_the_scores_stay_and_no_old_table_stands_beside_new_scores(cohort, tmp_path, monkeypatch):
+    out = tmp_path / "p"
+    predict(cohort, cohort / "run", out, quiet=True)
+    left = out / "scores" / "of-another-slide.h5"
+    shutil.copy(next((out / "scores").glob("*.h5")), left)
+    (out / "scores" / "mine.h5").write_text("mine")
+    predict(cohort, cohort / "run", out, quiet=True)
+    assert not left.exists() and (out / "scores" / "mine.h5").read_text() == "mine"
+
+    def broken(*arguments, **options):
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr("wsimil.prediction._predict_one", broken)
+    with pytest.raises(RuntimeError):
+        predict(cohort, cohort / "run", out, quiet=True)
+    assert not (out / "predictions.csv").exists()
+
+
+def test_some_slides_alone_are_predicted(cohort, tmp_path):
+    every = predict(cohort, cohort / "run", tmp_path / "all", quiet=True)
+    some = sorted(every["slide_id"])[:3]
+    few = predict(cohort, cohort / "run", tmp_path / "few", only=some, quiet=True)
+    assert sorted(few["slide_id"]) == some
+
+
+def test_a_table_without_slides_is_no_predictions_table(tmp_path):
+    (tmp_path / "predictions.csv").write_text("slide,prob_a,prob_b\ns,0.1,0.9\n")
+    with pytest.raises(UsageError, match="no column slide_id"):
+        read_predictions(tmp_path / "predictions.csv")

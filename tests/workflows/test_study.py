@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,3 +249,51 @@ def test_training_killed_between_epochs_ends_in_the_same_weights(study: Study, t
     assert (
         json.loads((killed / "fold0-seed0" / "model.json").read_text())["threshold"] == read_json(calm / "model.json")["threshold"]
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"aggregator": "abmill"}, "did you mean abmil"),
+        ({"objective": "clam"}, "objective 'clam' is unknown"),
+        ({"aggregator_options": ("heads=3",)}, "heads"),
+        ({"loss": "cox"}, "not for a binary task"),
+    ],
+)
+def test_wrong_settings_are_said_before_any_slide_is_read(cohort, tmp_path, changes, said):
+    settings = replace(SETTINGS, train=replace(SETTINGS.train, **changes))
+    with pytest.raises(UsageError, match=said):
+        run_study(cohort / "slides", cohort / "labels.csv", tmp_path / "out", settings=settings, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_table_is_said_before_any_slide_is_read(cohort, tmp_path):
+    with pytest.raises(UsageError, match="No such file"):
+        run_study(cohort / "slides", tmp_path / "none.csv", tmp_path / "out", settings=SETTINGS, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_follows_its_slides_and_its_files(cohort, study, tmp_path):
+    out = tmp_path / "study"
+    shutil.copytree(study.folder, out)
+
+    def again(slides) -> tuple[Study, list[str]]:
+        said: list[str] = []
+        return run_study(slides, cohort / "labels.csv", out, settings=SETTINGS, quiet=True, say=said.append), said
+
+    names = sorted(study.predictions["slide_id"])
+    (out / "heatmaps" / f"{names[0]}.png").unlink()
+    (out / "predictions" / "scores" / f"{names[1]}.h5").unlink()
+    _, said = again(cohort / "slides")
+    assert (out / "heatmaps" / f"{names[0]}.png").exists() and (out / "predictions" / "scores" / f"{names[1]}.h5").exists()
+    assert "evaluate: unchanged" in said
+    # a slide that was withdrawn: its bag is there, and nothing learns from it or speaks of it
+    table = tmp_path / "slides.csv"
+    files = sorted(path for path in (cohort / "slides").iterdir() if path.suffix != ".csv" and not path.name.startswith("."))
+    kept = [path for path in files if not path.name.startswith(names[5])]
+    assert len(kept) == len(files) - 1
+    table.write_text("slide,slide_id\n" + "".join(f"{path},{path.name.partition('.')[0]}\n" for path in kept))
+    left, said = again(table)
+    assert any(line.startswith("1 bags in ") for line in said)
+    assert names[5] not in set(left.predictions["slide_id"]) and len(left.predictions) == len(names) - 1
+    assert names[5] not in (out / "splits.csv").read_text() and not (out / "predictions" / "scores" / f"{names[5]}.h5").exists()

@@ -6,6 +6,7 @@ The annotations of its arguments say what its options may be: whole numbers at l
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -144,7 +145,12 @@ def check_aggregator(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     if name not in AGGREGATORS:
         raise ConfigError(f"aggregator {name!r} is unknown{nearest(name, AGGREGATORS)} (known: {', '.join(AGGREGATORS)})")
-    return checked_options(AGGREGATORS[name].make, options, f"aggregator {name}")
+    make = AGGREGATORS[name].make
+    try:
+        inspect.signature(make).bind(1, 1, hidden=1, dropout=0.0, **options)
+    except TypeError as error:
+        raise ConfigError(f"aggregator {name} with {dict(options)}: {error}") from error
+    return checked_options(make, options, f"aggregator {name}")
 
 
 def make_aggregator(
