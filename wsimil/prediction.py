@@ -342,7 +342,8 @@ def _tile_scores(outputs: list[BagOutput], models: list[TrainedModel], batch: Ba
             else:
                 parts["tile_prob"].append(task.map_columns(task.output_probabilities(logits)))
         if output.contributions is not None:
-            parts["contributions"].append(task.map_columns(output.contributions.float().cpu().numpy()))
+            unit = model.task.scale if task.kind == "regression" else 1.0  # folds have scales of their own
+            parts["contributions"].append(unit * task.map_columns(output.contributions.float().cpu().numpy()))
     return {name: np.mean(values, axis=0).astype(np.float32) for name, values in parts.items()}
 
 
@@ -372,6 +373,7 @@ def _write_scores(
             "models": [model.folder.name for model in models],
             "class_names": list(models[0].task.output_names),
             "contribution_kind": aggregator.contribution_kind,
+            "contribution_unit": models[0].task.contribution_unit,
             "map_kind": "contributions" if "contributions" in scores else "attention",
         },
     )

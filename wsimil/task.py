@@ -128,6 +128,15 @@ class Task:
             return ("grade",) if self.kind == "ordinal" else ("risk",)
         return self.classes or ("value",)
 
+    @property
+    def contribution_unit(self) -> str:
+        """What the contributions of tiles add up to, in words."""
+        return {
+            "regression": "in units of the label",
+            "ordinal": "logit, mean of the steps",
+            "survival": "log-hazard" if self.criterion == "cox" else "logit, mean of the intervals",
+        }.get(self.kind, "logit")
+
     def map_columns(self, outputs: np.ndarray) -> np.ndarray:
         """Tile scores (N, C) of the outputs → (N, `output_names`): steps and intervals are one column, their mean.
 

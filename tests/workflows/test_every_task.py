@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from wsimil.bags.bag import Bag, Geometry, write_bag
 from wsimil.cli import main
 from wsimil.config import LabelsConfig, Settings, SplitConfig, TrainConfig
 from wsimil.evaluation import evaluate_predictions
 from wsimil.evaluation.table import check_predictions, read_predictions
-from wsimil.hdf5 import open_hdf5
+from wsimil.hdf5 import open_hdf5, read_attributes
 from wsimil.heatmaps import read_tile_map
 from wsimil.prediction import predict
 from wsimil.report import write_report
@@ -183,6 +184,19 @@ def test_tile_scores_have_a_column_for_each_name(done: tuple[Study, Path]) -> No
     assert len(names) == len(task.output_names)
     tile_map = read_tile_map(path)
     assert len(tile_map.values) == 6 and tile_map.class_name == task.output_names[-1]
+
+
+def test_contributions_of_values_add_up_in_units_of_the_label(done: tuple[Study, Path]) -> None:
+    study, folder = done
+    path = min((folder / "predictions" / "scores").glob("*.h5"))
+    with open_hdf5(path) as file:
+        sums = np.nansum(file["contributions"][:], axis=0)
+    assert read_attributes(path)["contribution_unit"] == load_model(folder / "run" / "fold0-seed0").task.contribution_unit
+    if study.kind != "regression":
+        return
+    table = read_predictions(folder / "predictions" / "predictions.csv").set_index("slide_id", drop=False)
+    model = load_model(folder / "run" / f"fold{table.at[path.stem, 'fold']}-seed0")
+    assert float(table.at[path.stem, "value"]) == pytest.approx(model.task.center + float(sums[0]), abs=1e-3)
 
 
 def test_survival_states_chances_that_fall_with_time(done: tuple[Study, Path]) -> None:

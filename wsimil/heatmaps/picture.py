@@ -56,7 +56,7 @@ def _draw_legend(image: Image.Image, top: int, tile_map: TileMap, caption: str) 
     image.paste(Image.fromarray(np.repeat(colors[None], bar_height, 0)), (margin, bar_top))
     low, high = tile_map.scale
     meaning = {
-        "contribution": f"contribution to {tile_map.class_name} (logit)",
+        "contribution": f"contribution to {tile_map.class_name} ({tile_map.contribution_unit})",
         "attention": "attention, multiples of a uniform weight",
         "tile_prob": f"tile probability of {tile_map.class_name}",
     }[tile_map.kind]

@@ -48,6 +48,7 @@ class TileMap:
     bounds: tuple[int, int] | None  # x, y; None: not known
     unit: str = "px"  # of coordinates and sides; um: of another program's bags that do not know the slide's pixels
     slide_fingerprint: str = ""  # of the file that was predicted; empty: not known
+    contribution_unit: str = "logit"
 
     @property
     def complete(self) -> bool:
@@ -198,5 +199,6 @@ def read_tile_map(scores: Path, kind: str = "auto", *, class_name: str | None = 
         size_level0_px=(int(attributes.get("level0_width", 0)), int(attributes.get("level0_height", 0))),
         bounds=(int(attributes["bounds_x"]), int(attributes["bounds_y"])) if "bounds_x" in attributes else None,
         slide_fingerprint=str(attributes.get("slide_fingerprint", "")),
+        contribution_unit=str(attributes.get("contribution_unit", "logit")),
         unit=unit,
     )
