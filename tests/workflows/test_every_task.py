@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from wsimil.bags.bag import Bag, Geometry, write_bag
 from wsimil.cli import main
