@@ -163,6 +163,15 @@ def test_a_file_name_that_two_slides_have_is_no_name():
         match_slides(["D", "A.svs"], IDS)
 
 
+def test_an_accent_is_an_accent_however_a_system_writes_it():
+    apart, composed = "Mu\u0308ller", "M\u00fcller"
+    for file, said in ((apart, composed), (composed, apart)):
+        assert match_slides([f"{said}.svs"], [file, "b"]) == [file]
+        assert match_slides([f"{said}/1.svs"], [f"{file}__1", "b"]) == [f"{file}__1"]
+        assert match_slides([f"x/{said}.svs"], [file, "b"]) == [file]
+    assert match_slides([apart, composed], [apart, composed]) == [apart, composed]
+
+
 @pytest.mark.parametrize(("name", "slide_id"), [("slides/a.svs", "a"), ("y/a.svs", "z__y__a"), ("z/y/a.svs", "y__a")])
 def test_folders_that_agree_as_far_as_they_go_are_one_slides(name, slide_id):
     assert match_slides([name], [slide_id, "b"]) == [slide_id]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -268,21 +269,28 @@ def _found(names: Iterable[str], known: set[str]) -> list[str | None]:
     """As `match_slides`, None where a name fits no slide."""
     by_name: dict[str, list[str]] = defaultdict(list)
     for slide_id in sorted(known):
-        by_name[slide_name(slide_id)].append(slide_id)
+        by_name[_composed(slide_name(slide_id))].append(slide_id)
+    as_written = {_composed(slide_id): slide_id for slide_id in sorted(known)} | {slide_id: slide_id for slide_id in known}
     matched = []
     for given in names:
         path = _path_of(given)
-        found = [name for name in (given, str(path), slide_id_from_path(path)) if name in known][:1]
-        found = found or [name for name in by_name.get(path.name, []) if _may_be(path, name)]
+        said = [name for one in (given, str(path), slide_id_from_path(path)) for name in (one, _composed(one))]
+        found = [as_written[name] for name in said if name in as_written][:1]
+        found = found or [name for name in by_name.get(_composed(path.name), []) if _may_be(path, name)]
         if len(found) > 1:
             raise LabelsError(f"slide {given!r} of the table could be {', '.join(found)}; name it by its id")
         matched.append(found[0] if found else None)
     return matched
 
 
+def _composed(name: str) -> str:
+    """Letters with their accents as one character: some systems write file names in two."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _may_be(path: PurePosixPath, slide_id: str) -> bool:
     """Whether folders agree as far as both sides have some: y/a.svs is a, and z/y/a.svs, and not x/a.svs."""
-    given = slide_id_from_path(path)
+    given, slide_id = _composed(slide_id_from_path(path)), _composed(slide_id)
     return len(path.parts) == 1 or f"__{given}".endswith(f"__{slide_id}") or f"__{slide_id}".endswith(f"__{given}")
 
 
