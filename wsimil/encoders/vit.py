@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -33,12 +35,16 @@ class NetworkEncoder(Encoder):
             check_tiles(tiles)
             return torch.zeros(0, self.contract.dim, device=device)
         images = prepare_tiles(tiles, self.contract, device)  # (B, 3, px, px)
-        exact = self.dtype == torch.float32  # a GPU's convolutions would take TF32 for it: off by some thousandths
-        with (
-            torch.autocast(device.type, self.dtype, enabled=not exact),
-            torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=not exact),
-        ):
+        exact = self.dtype == torch.float32
+        with torch.autocast(device.type, self.dtype, enabled=not exact), _full_float32(device, exact):
             return pool_tokens(self.network, images, self.contract.pooling).float()  # (B, D)
+
+
+def _full_float32(device: torch.device, asked: bool) -> AbstractContextManager[None]:
+    """On a GPU convolutions would take TF32 for float32: off by some thousandths."""
+    if not (asked and device.type == "cuda"):
+        return nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False)
 
 
 def pool_tokens(network: nn.Module, images: Tensor, pooling: Pooling) -> Tensor:
