@@ -94,7 +94,7 @@ def test_a_stack_equals_its_models_trained_alone(store, aggregator):
 def test_bags_of_very_many_tiles_are_stacked_as_well(store, monkeypatch):
     few = fit_stacked(members_of(store, "gated_abmil"), store, CONFIG)
     monkeypatch.setattr(packed, "_RECOMPUTED_FROM", 8)
-    monkeypatch.setattr(packed, "_PIECE", 4)
+    monkeypatch.setattr(packed, "_ROWS_OF_A_THREAD", 4)
     many = fit_stacked(members_of(store, "gated_abmil"), store, CONFIG)
     for one, other in zip(few, many, strict=True):
         assert [row["val_loss"] for row in one.history] == pytest.approx([row["val_loss"] for row in other.history], abs=1e-8)

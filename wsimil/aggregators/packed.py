@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-_PIECE = 1024
+_ROWS_OF_A_THREAD = 1024
 _RECOMPUTED_FROM = 65_536
 
 
@@ -67,9 +67,13 @@ def in_pieces(function: Callable[[Tensor], tuple[Tensor, ...]], tiles: Tensor) -
     """
     around = _around.get()
     recomputed = around is not None and torch.is_grad_enabled() and len(tiles) >= _RECOMPUTED_FROM
-    if len(tiles) <= _PIECE or (tiles.device.type != "cpu" and not recomputed):
+    on_cpu = tiles.device.type == "cpu"
+    piece = _RECOMPUTED_FROM // 4
+    if on_cpu:
+        piece = min(piece, _ROWS_OF_A_THREAD * torch.get_num_threads())
+    if len(tiles) <= piece or not (on_cpu or recomputed):
         return function(tiles)
-    pieces = tiles.split(_PIECE if tiles.device.type == "cpu" else _RECOMPUTED_FROM // 4)
+    pieces = tiles.split(piece)
     if recomputed:
         inside = _AS_IT_IS, around or _AS_IT_IS
         found = [checkpoint(function, piece, use_reentrant=False, context_fn=lambda: inside) for piece in pieces]
