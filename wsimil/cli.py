@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-_BEGIN_ANEW = ("predict", "evaluate", "heatmap", "report", "probe", "search", "split")
+_BEGIN_ANEW = ("predict", "evaluate", "report", "probe", "search", "split")
 """Commands that keep no books of what is done."""
 
 

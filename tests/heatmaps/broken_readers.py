@@ -17,9 +17,9 @@ from wsimil.heatmaps.draw import draw_in_reader
 from wsimil.slides.cohort import SlideFile
 
 
-def draw_or_break(reading: Any, scores: Path, file: SlideFile, row: Mapping[str, Any], out: Path, config: HeatmapConfig) -> None:
+def draw_or_break(reading: Any, scores: Path, file: SlideFile, row: Mapping[str, Any], out: Path, config: HeatmapConfig) -> bool:
     breaking: Any = Breaking(reading, out)
-    draw_in_reader(breaking, scores, file, row, out, config)
+    return draw_in_reader(breaking, scores, file, row, out, config)
 
 
 @dataclass

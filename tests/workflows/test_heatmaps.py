@@ -159,7 +159,7 @@ def draw(cohort: Path, out: str = "out", *, config: HeatmapConfig | None = None,
 
 def maps(folder: Path) -> dict[str, bytes]:
     """All that a run left, by name."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".wsimil-output"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (".wsimil-output", ".drawn")}
 
 
 @pytest.fixture
@@ -171,6 +171,30 @@ def test_how_many_draw_changes_no_byte(cohort: Path) -> None:
     assert draw(cohort, "one", workers=1) == draw(cohort, "three", workers=3) == []
     assert maps(cohort / "one") == maps(cohort / "three")
     assert sorted(maps(cohort / "one")) == sorted(f"s{number}.{suffix}" for number in range(5) for suffix in ("geojson", "png"))
+
+
+def test_what_was_drawn_from_the_same_is_left_and_all_else_is_drawn_again(cohort: Path) -> None:
+    out = cohort / "out"
+
+    def drawn_again(*, config: HeatmapConfig | None = None) -> set[str]:
+        before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+        assert draw(cohort, config=config) == []
+        return {path.stem for path in out.glob("*.png") if path.stat().st_mtime_ns != before.get(path.name)}
+
+    assert drawn_again() == {f"s{number}" for number in range(5)}
+    as_drawn = maps(out)
+    assert drawn_again() == set() and maps(out) == as_drawn
+    (out / "s0.png").unlink()
+    (out / "s1.geojson").write_bytes(b"cut off")
+    (out / ".drawn" / "s2.json").write_bytes(b"{")
+    assert drawn_again() == {"s0", "s1", "s2"} and maps(out) == as_drawn
+    table = cohort / "predictions" / "predictions.csv"
+    table.write_text(table.read_text().replace("s3,s3,done,tumour,0.9", "s3,s3,done,tumour,0.8"))
+    write_scores(cohort / "predictions" / "scores" / "s4.h5", (750, 500), values=np.linspace(-1, 1, 35))
+    assert drawn_again() == {"s3", "s4"}
+    write_slide(cohort / "slides" / "s0.tiff", speckled(700, 500, 9), mpp=0.5, compression="deflate", downsamples=(1,))
+    assert drawn_again() == {"s0"}
+    assert drawn_again(config=HeatmapConfig(max_side_px=100)) == {f"s{number}" for number in range(5)}
 
 
 def test_shards_draw_every_slide_once(cohort: Path) -> None:

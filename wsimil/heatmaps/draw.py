@@ -4,6 +4,7 @@
   an earlier run: that could be another model's. The others are drawn.
 - Slides that were pooled have the prediction of their patient.
 - How many draw at a time changes no byte of what is written.
+- A slide whose maps were drawn from the same scores, slide and settings is left as it is: an interrupted run goes on.
 - A folder that can hold no more ends the run.
 """
 
@@ -12,6 +13,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +24,17 @@ from wsimil.config import HeatmapConfig, JobConfig
 from wsimil.errors import SlideError, UsageError, WsimilError
 from wsimil.extraction.desk import NO_MORE_SPACE
 from wsimil.extraction.pool import Call, Done, Failed, ReaderCrash, ReaderPool, reader_count
-from wsimil.files import OUTPUT_MARK, atomic_path, mark_output, sweep_temporary_files, write_text
+from wsimil.files import (
+    OUTPUT_MARK,
+    atomic_path,
+    file_sha256,
+    hash_of,
+    mark_output,
+    read_json,
+    sweep_temporary_files,
+    write_json,
+    write_text,
+)
 from wsimil.hdf5 import read_attributes
 from wsimil.heatmaps.geojson import tiles_geojson
 from wsimil.heatmaps.picture import overlay
@@ -37,6 +50,8 @@ if TYPE_CHECKING:
 __all__ = ["draw_heatmaps"]
 
 _IN_READER = "wsimil.heatmaps.draw:draw_in_reader"
+_BOOKS = ".drawn"
+"""Folder in the output: for each slide, what its maps were drawn from."""
 _Z_RLE = 3
 """zlib's strategy for filtered pictures: a tenth smaller and nearly twice as fast as its default on slides."""
 
@@ -90,6 +105,7 @@ def draw_heatmaps(
     count = min(reader_count(job.workers), -(-len(calls) // 2))  # starting one takes as long as drawing two
     bar = progress(scores, "heatmap", unit="slide", quiet=quiet)
     bar.update(len(wrong))
+    n_left = 0
     try:
         with ReaderPool(count, timeout=job.read_timeout) as pool:
             while calls or pool.busy:
@@ -98,10 +114,13 @@ def draw_heatmaps(
                 event = pool.next(1.0)
                 if isinstance(event, Failed):
                     wrong[str(event.call.key)] = _reason(event.error, str(event.call.key), out)
+                n_left += isinstance(event, Done) and not event.value
                 bar.update(isinstance(event, Done | Failed))
     finally:
         bar.close()
         sweep_temporary_files(out)  # of readers that were ended in the middle of a file
+    if n_left:
+        say(f"{n_left} of {len(scores)} slides were drawn before from the same scores; left as they are")
     lines = [f"{path.stem}: {wrong[path.stem]}" for path in scores if path.stem in wrong]
     for line in lines:
         say(line)
@@ -148,11 +167,18 @@ def _reason(error: Exception, slide_id: str, out: Path) -> str:
 
 def draw_in_reader(
     reading: Reading, scores: Path, file: SlideFile, row: Mapping[str, Any], out: Path, config: HeatmapConfig
-) -> None:
-    """One slide of `draw_heatmaps`, in a process of its own. `row` is the slide's in the predictions, if it has one."""
+) -> bool:
+    """One slide of `draw_heatmaps`, in a process of its own; False: it was drawn before.
+
+    `row` is the slide's in the predictions, if it has one.
+    """
     try:
-        for suffix in config.format:
-            (out / f"{file.slide_id}.{suffix}").unlink(missing_ok=True)
+        book, maps = out / _BOOKS / f"{file.slide_id}.json", [out / f"{file.slide_id}.{suffix}" for suffix in config.format]
+        key = _key(scores, file, row, config)
+        if _is_drawn(book, key, maps):
+            return False
+        for path in (book, *maps):
+            path.unlink(missing_ok=True)
         tile_map = read_tile_map(scores, config.map, class_name=config.class_name, predicted=_likeliest(row))
         _check_same_file(file, tile_map)
         if not tile_map.complete:  # of another program's bags
@@ -169,10 +195,33 @@ def draw_in_reader(
         if "geojson" in config.format:
             origin = (tile_map.bounds or (0, 0)) if config.qupath_bounds == "auto" else (0, 0)
             write_text(out / f"{file.slide_id}.geojson", tiles_geojson(tile_map, origin=origin))
+        write_json(book, {"key": key, "bytes": _sizes(maps)})
+        return True
     except SlideError:
         raise
     except WsimilError as error:  # a scores file is as much a matter of the slide as its pixels are
         raise SlideError(str(error)) from error
+
+
+def _key(scores: Path, file: SlideFile, row: Mapping[str, Any], config: HeatmapConfig) -> str:
+    """Of everything that maps are drawn from."""
+    try:
+        content = [file_sha256(scores), file.fingerprint()]
+    except OSError:  # opening them says so better
+        content = []
+    caption = {name: str(value) for name, value in row.items()}
+    return hash_of([version("wsimil"), *content, caption, asdict(config)])
+
+
+def _is_drawn(book: Path, key: str, maps: list[Path]) -> bool:
+    try:
+        return read_json(book) == {"key": key, "bytes": _sizes(maps)}
+    except (OSError, ValueError):
+        return False
+
+
+def _sizes(maps: list[Path]) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in maps}
 
 
 def _check_same_file(file: SlideFile, tile_map: TileMap) -> None:
