@@ -27,10 +27,11 @@ from sklearn.metrics import log_loss, roc_auc_score, roc_curve
 from wsimil import predict
 from wsimil.bags.labels import infer_task, match_labels, read_labels
 from wsimil.bags.splits import make_splits, read_splits, write_splits
-from wsimil.config import SECTIONS, Settings, read_settings
+from wsimil.config import SECTIONS, Settings
 from wsimil.errors import WsimilError
 from wsimil.evaluation import write_evaluation
 from wsimil.pretraining import pretrain
+from wsimil.settings import read_settings
 from wsimil.slides.cohort import find_slides
 from wsimil.study import Study, run_study
 

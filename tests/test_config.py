@@ -10,22 +10,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from wsimil.config import (
-    SECTIONS,
-    STUDY_SECTIONS,
-    JobConfig,
-    Settings,
-    TileConfig,
-    TrainConfig,
-    as_mapping,
-    keys_of,
-    nearest,
-    normalise_key,
-    read_settings,
-    save_settings,
-    to_yaml,
-)
+from wsimil.config import SECTIONS, STUDY_SECTIONS, JobConfig, Settings, TileConfig, TrainConfig, normalise_key
 from wsimil.errors import ConfigError
+from wsimil.settings import as_mapping, keys_of, nearest, read_settings, save_settings, to_yaml
 
 
 def from_yaml(tmp_path: Path, text: str, sections=SECTIONS, **overrides) -> Settings:

@@ -15,7 +15,7 @@ import wsimil.errors
 
 PACKAGE = Path(wsimil.errors.__file__).parent
 
-GROUND = {"units", "errors", "config", "batch", "task", "losses", "files", "hdf5", "table"}
+GROUND = {"units", "errors", "config", "settings", "batch", "task", "losses", "files", "hdf5", "table"}
 PARTS = {"slides", "encoders", "bags", "aggregators", "evaluation"}
 OBJECTIVES = {"objectives"}
 WORKFLOWS = {

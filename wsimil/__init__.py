@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from wsimil.bags.bag import read_bag
     from wsimil.bags.dataset import BagFolder
     from wsimil.batch import Aggregator, BagBatch, BagOutput, Objective, pack
-    from wsimil.config import Settings, read_settings
+    from wsimil.config import Settings
     from wsimil.conversion import convert_bags
     from wsimil.encoders import load_encoder
     from wsimil.errors import WsimilError
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from wsimil.probing import probe
     from wsimil.report import write_report
     from wsimil.retrieval import search
+    from wsimil.settings import read_settings
     from wsimil.slides.slide import Slide
     from wsimil.study import run_study
     from wsimil.task import Task
@@ -64,7 +65,7 @@ _HOMES = {
     "pretrain": "pretraining",
     "probe": "probing",
     "read_bag": "bags.bag",
-    "read_settings": "config",
+    "read_settings": "settings",
     "run_study": "study",
     "search": "retrieval",
     "tile_slides": "extraction",

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wsimil.config import SECTIONS, STUDY_SECTIONS, Settings, nearest, normalise_key, read_settings, to_yaml
+from wsimil.config import SECTIONS, STUDY_SECTIONS, Settings, normalise_key
 from wsimil.errors import UsageError, WsimilError
+from wsimil.settings import nearest, read_settings, to_yaml
 
 __all__ = ["main"]
 

@@ -26,7 +26,7 @@ from wsimil.bags.dataset import BagFolder
 from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import COLUMNS, read_splits, splits_hash
 from wsimil.batch import BagBatch, BagOutput, pack
-from wsimil.config import FilterConfig, PredictConfig, Settings, save_settings
+from wsimil.config import FilterConfig, PredictConfig, Settings
 from wsimil.errors import EncoderMismatchError, LabelsError, UsageError, WsimilError
 from wsimil.evaluation.table import ENSEMBLE, SEEN
 from wsimil.extraction.extract import resolve_device
@@ -34,6 +34,7 @@ from wsimil.extraction.job import Row, slides_of_job
 from wsimil.files import atomic_path, file_sha256, hash_of, make_output_folder, sweep_temporary_files
 from wsimil.hdf5 import Dataset, read_attributes, write_hdf5
 from wsimil.progress import progress
+from wsimil.settings import save_settings
 from wsimil.table import Table
 from wsimil.task import Task, agreed, survival_of
 from wsimil.training import TrainedModel, load_model

@@ -19,7 +19,7 @@ from wsimil.aggregators import check_aggregator
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.labels import infer_task, match_labels, match_slides, read_labels
 from wsimil.bags.splits import read_splits, splits_hash, write_splits
-from wsimil.config import STUDY_SECTIONS, Settings, as_mapping, save_settings
+from wsimil.config import STUDY_SECTIONS, Settings
 from wsimil.errors import UsageError, WsimilError
 from wsimil.evaluation import write_evaluation
 from wsimil.evaluation.table import read_predictions
@@ -29,6 +29,7 @@ from wsimil.files import file_sha256, hash_of, mark_output, read_json, write_jso
 from wsimil.heatmaps import draw_heatmaps
 from wsimil.prediction import predict
 from wsimil.report import write_report
+from wsimil.settings import as_mapping, save_settings
 from wsimil.slides.cohort import find_slides
 from wsimil.training import prepare_cohort, train
 from wsimil.training.goals import build_objective

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from wsimil.config import nearest
 from wsimil.errors import UsageError
+from wsimil.settings import nearest
 
 __all__ = ["Cells", "Table", "read_cells", "read_table", "require_column"]
 

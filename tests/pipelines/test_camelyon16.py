@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from camelyon16 import slide_table
 
-from wsimil.config import SECTIONS, read_settings
+from wsimil.config import SECTIONS
 from wsimil.pretraining.presets import resolve_recipe
+from wsimil.settings import read_settings
 
 CONFIG = Path(__file__).parents[2] / "configs" / "self_vit_mil" / "camelyon16.yaml"
 

@@ -9,7 +9,8 @@ import self_vit_mil
 
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.splits import read_splits
-from wsimil.config import SECTIONS, read_settings
+from wsimil.config import SECTIONS
+from wsimil.settings import read_settings
 from wsimil.slides.synthetic import write_cohort
 
 SMALLEST = """

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from wsimil.config import PretrainConfig, read_settings
+from wsimil.config import PretrainConfig
 from wsimil.errors import ConfigError
 from wsimil.pretraining.presets import Recipe, differences, preset, resolve_recipe
+from wsimil.settings import read_settings
 
 
 def test_self_vit_mil_is_the_published_schedule() -> None:

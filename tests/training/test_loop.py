@@ -19,12 +19,13 @@ from wsimil.aggregators import Standardized, make_aggregator, packed
 from wsimil.bags.bag import read_bag
 from wsimil.bags.dataset import BagFolder
 from wsimil.batch import BagBatch
-from wsimil.config import Settings, SplitConfig, TrainConfig, read_settings
+from wsimil.config import Settings, SplitConfig, TrainConfig
 from wsimil.errors import ConfigError, SplitsError
 from wsimil.files import read_json, write_json
 from wsimil.hdf5 import Dataset, read_attributes, write_hdf5
 from wsimil.objectives import ClamInstances, SlideLabel
 from wsimil.prediction import predict
+from wsimil.settings import read_settings
 from wsimil.task import Task
 from wsimil.training import load_model, train
 from wsimil.training.dropout import ByteDropout, quicken_dropout

@@ -31,8 +31,8 @@ from wsimil.aggregators.transformer import TransformerMIL
 from wsimil.aggregators.transmil import TransMIL
 from wsimil.aggregators.wikg import WiKG
 from wsimil.batch import Aggregator
-from wsimil.config import checked_options, nearest
 from wsimil.errors import ConfigError
+from wsimil.settings import checked_options, nearest
 
 __all__ = ["AGGREGATORS", "AggregatorEntry", "Standardized", "check_aggregator", "make_aggregator"]
 

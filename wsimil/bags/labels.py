@@ -21,9 +21,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import pandas as pd
 
-from wsimil.config import LabelsConfig, nearest
+from wsimil.config import LabelsConfig
 from wsimil.errors import LabelsError
 from wsimil.files import slide_id_from_path, slide_name, strip_suffix
+from wsimil.settings import nearest
 from wsimil.table import Table, read_table, require_column
 from wsimil.task import Task, agreed, facts_of, facts_text, survival_of, survival_text
 

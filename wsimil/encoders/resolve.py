@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from wsimil.config import nearest
 from wsimil.encoders.contract import EncoderContract, Interpolation, Pooling
 from wsimil.encoders.hub import fetch
 from wsimil.encoders.registry import ENCODERS, TEXTURE, EncoderEntry, find_encoder
 from wsimil.encoders.weights import WEIGHT_SUFFIXES
 from wsimil.errors import EncoderError, EncoderWeightsError
 from wsimil.files import read_json
+from wsimil.settings import nearest
 
 __all__ = ["DESCRIPTION_FILES", "FOLDER_WEIGHTS", "FORMAT", "FORMAT_VERSION", "Request", "resolve"]
 

@@ -17,8 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from wsimil.config import PretrainConfig, nearest
+from wsimil.config import PretrainConfig
 from wsimil.errors import ConfigError
+from wsimil.settings import nearest
 
 __all__ = ["Recipe", "differences", "preset", "resolve_recipe"]
 

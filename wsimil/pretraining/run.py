@@ -29,7 +29,7 @@ from PIL import Image
 
 from wsimil.bags.labels import match_slides, read_labels
 from wsimil.bags.splits import read_splits, splits_hash
-from wsimil.config import PretrainConfig, Settings, TileConfig, read_settings, save_settings
+from wsimil.config import PretrainConfig, Settings, TileConfig
 from wsimil.encoders.contract import FINGERPRINT_START, EncoderContract
 from wsimil.errors import LabelsError, SplitsError, UsageError, WsimilError
 from wsimil.extraction.extract import resolve_device
@@ -43,6 +43,7 @@ from wsimil.pretraining.methods import METHODS, check_sizes, network_of, normali
 from wsimil.pretraining.pictures import view_sheet
 from wsimil.pretraining.presets import Recipe, differences, resolve_recipe
 from wsimil.pretraining.process import LAST, Outcome, Plan, new_loop, train
+from wsimil.settings import read_settings, save_settings
 from wsimil.slides.cohort import SlideFile, find_slides
 from wsimil.slides.stain import StainNormaliser, StainTarget, stain_normaliser
 from wsimil.table import Table

@@ -18,9 +18,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from wsimil.config import nearest
 from wsimil.errors import UsageError
 from wsimil.files import IMAGE_SUFFIXES, OUTPUT_MARK, SLIDE_SUFFIXES, fingerprint, is_file_name, slide_id_from_path, strip_suffix
+from wsimil.settings import nearest
 from wsimil.table import Cells, read_cells
 
 __all__ = ["SlideFile", "find_slides"]

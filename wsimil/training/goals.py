@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from wsimil.batch import Objective
-from wsimil.config import TrainConfig, checked_options, nearest
+from wsimil.config import TrainConfig
 from wsimil.errors import ConfigError
 from wsimil.objectives import AttentionEntropy, AveragedWeights, ClamInstances, MaskedHardInstances, SlideLabel
 from wsimil.objectives.samplers import balanced_order, risk_set_order
+from wsimil.settings import checked_options, nearest
 from wsimil.task import Task, survival_of
 
 __all__ = ["OBJECTIVES", "PREFERRED", "build_objective"]

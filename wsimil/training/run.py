@@ -24,11 +24,12 @@ from wsimil.bags.dataset import BagFolder
 from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import splits_hash, write_splits
 from wsimil.batch import Aggregator
-from wsimil.config import Settings, TrainConfig, save_settings
+from wsimil.config import Settings, TrainConfig
 from wsimil.errors import LabelsError, SplitsError, UsageError
 from wsimil.evaluation.calibration import calibrate
 from wsimil.extraction.extract import resolve_device
 from wsimil.files import atomic_path, hash_of, read_json, write_json
+from wsimil.settings import save_settings
 from wsimil.task import Task
 from wsimil.training.cohort import Cohort, check_not_seen, prepare_cohort
 from wsimil.training.goals import build_objective
