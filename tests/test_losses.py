@@ -113,11 +113,11 @@ def test_steps_above_the_grade_learn_nothing_from_it():
 # ---------------------------------------------------------------- survival
 
 UPPER = (2.0, 5.0, 9.0)
-"""Intervals [0, 2), [2, 5), [5, …)."""
+"""Intervals [0, 2], (2, 5], (5, …)."""
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
-@pytest.mark.parametrize(("time", "interval"), [(0.0, 0), (1.9, 0), (2.0, 1), (4.0, 1), (5.0, 2), (9.0, 2), (50.0, 2)])
+@pytest.mark.parametrize(("time", "interval"), [(0.0, 0), (1.9, 0), (2.0, 0), (4.0, 1), (5.0, 1), (9.0, 2), (50.0, 2)])
 def test_the_discrete_time_loss_is_the_likelihood_of_the_interval(time, interval, alpha):
     logits = normal(1, 3)
     hazard = [sigmoid(float(x)) for x in logits[0]]
@@ -189,3 +189,9 @@ def test_the_baseline_hazard_is_that_of_breslow():
     first, second, third = 1 / size.sum(), 1 / size[1:].sum(), 1 / size[3:].sum()
     expected = [0.0, first, first + second, first + second + third, first + second + third + 1 / size[5]]
     np.testing.assert_allclose(breslow_hazard(risk, time, event, [1, 2, 4, 7, 100]), torch.tensor(expected), rtol=1e-5)
+
+
+def test_events_on_a_horizon_have_happened_by_then():
+    time = torch.tensor([0.1 * step for step in range(1, 11)])  # in float32, some are a little later than in float64
+    found = breslow_hazard(torch.zeros(10), time, torch.ones(10), [0.1 * step for step in range(1, 11)])
+    np.testing.assert_allclose(found, np.cumsum(1 / np.arange(10, 0, -1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,7 +210,7 @@ def test_chances_over_time_are_those_of_the_hazards():
     assert chances[2] == pytest.approx(at_ends[0] * (1 - hazard[1]) ** (2 / 3))
     assert chances[4] == pytest.approx(at_ends[2])
     assert (np.diff(chances) <= 0).all()
-    assert TIMES.risks(logits)[0] == pytest.approx(-at_ends.sum())
+    assert TIMES.risks(logits)[0] == pytest.approx(-at_ends.mean())
 
 
 def test_a_higher_hazard_anywhere_is_a_higher_risk():
@@ -408,3 +409,41 @@ def test_huber_of_a_proportion_is_not_half_of_mse():
     logits, targets = torch.tensor([[2.0], [0.1]]), torch.tensor([0.1, 0.5])
     ratio = huber.row_losses(logits, targets) / mse.row_losses(logits, targets)
     assert ratio[1] == pytest.approx(0.5) and ratio[0] < 0.2
+
+
+@pytest.mark.parametrize("loss", ["nll", "cox"])
+def test_chances_over_time_are_those_of_the_events_until_then_also_with_ties(loss):
+    """One hazard for all slides, the likeliest: what is left at a horizon is who has no event until then."""
+    rng = np.random.default_rng(0)
+    times = rng.integers(1, 6, 300)
+    labels = [str(time) for time in times]
+    task = replace(Task("survival"), horizons=(1.0, 2.0, 3.0, 4.0)).fitted(labels, TrainConfig(loss=loss, time_bins=20))
+    task = replace(task, horizons=(1.0, 2.0, 3.0, 4.0))
+    targets = task.encode(labels)
+    if loss == "cox":
+        logits = np.zeros((1, 1))
+        task = task.calibrated(np.zeros((300, 1)), targets.numpy())
+    else:
+        hazard = torch.zeros(1, task.n_outputs, requires_grad=True)
+        optimiser = torch.optim.LBFGS([hazard], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure() -> torch.Tensor:
+            optimiser.zero_grad()
+            loss = task.loss(hazard.expand(300, -1), targets)
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)  # type: ignore[arg-type]
+        logits = hazard.detach().numpy()
+    hazards = np.array([(times == at).sum() / (times >= at).sum() for at in task.horizons])
+    left = np.cumprod(1 - hazards) if loss == "nll" else np.exp(-np.cumsum(hazards))  # Kaplan-Meier; Breslow is Nelson-Aalen's
+    assert task.survival(logits)[0] == pytest.approx(left, abs=1e-3)
+
+
+def test_risks_of_folds_with_other_numbers_of_intervals_are_on_one_scale():
+    def risk(n: int) -> float:
+        hazard = 1 - np.exp(-0.1 * 12 / n)  # .1 a month, for 12 months in n intervals
+        ends = tuple(12 / n * (k + 1) for k in range(n))
+        return float(replace(TIMES, intervals=ends).risks(np.full((1, n), np.log(hazard / (1 - hazard))))[0])
+
+    assert risk(3) == pytest.approx(risk(4), rel=0.1) and risk(4) == pytest.approx(risk(6), rel=0.1)

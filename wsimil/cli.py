@@ -341,12 +341,17 @@ def _predict(arguments: argparse.Namespace, settings: Settings, say: Callable[[s
 def _evaluate(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
     from wsimil.bags.labels import labels_of_rows, read_labels
     from wsimil.evaluation import read_predictions, write_evaluation
+    from wsimil.evaluation.table import labels_of_predictions
 
     path = Path(arguments.predictions)
     predictions = read_predictions(path / "predictions.csv" if path.is_dir() else path)
     labels = None
     if arguments.labels:
-        table = read_labels(arguments.labels, settings.labels, group=settings.split.group)
+        names = labels_of_predictions(predictions)  # none where they are not of several labels
+        config = settings.labels
+        if names and config.task == "auto":
+            config = dataclasses.replace(config, task="multilabel")
+        table = read_labels(arguments.labels, config, group=settings.split.group, named_only=True, names=names)
         labels, others = labels_of_rows(table, predictions)
         labels = labels[labels["label"] != ""]
         if others:

@@ -317,6 +317,10 @@ class TrainConfig:
             "train.sampling is risk_set, an event in every step of bags_per_step slides, and train.tiles_per_step makes steps of "
             "any number of slides; set one of the two",
         )
+        _require(
+            self.sampling != "risk_set" or self.bags_per_step > 1,
+            "train.bags_per_step is 1 with sampling risk_set: a step is an event and slides at risk then; expected 2 or more",
+        )
         _require(0 <= self.instance_dropout < 1, f"train.instance_dropout is {self.instance_dropout}; expected 0 up to 1")
         for key in ("aggregator_options", "objective_options"):
             if isinstance(getattr(self, key), str):  # one option is as good as a list of one

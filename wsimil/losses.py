@@ -85,11 +85,11 @@ def discrete_time_losses(logits: Tensor, time: Tensor, event: Tensor, *, upper: 
     Args:
         logits: (M, K).
         time, event: (M,); a censored slide has outlived the interval it was lost in, as in the paper.
-        upper: ends of the K intervals; each holds its lower end; the last takes all that is later.
+        upper: ends of the K intervals; each holds its upper end; the last takes all that is later.
         alpha: censored slides count 1 - alpha.
     """
     inner = torch.tensor(upper[:-1], dtype=time.dtype, device=time.device)
-    interval = torch.bucketize(time.contiguous(), inner, right=True).unsqueeze(1)  # (M, 1)
+    interval = torch.bucketize(time.contiguous(), inner).unsqueeze(1)  # (M, 1)
     event = event.to(logits.dtype)
     index = torch.arange(logits.shape[1], device=logits.device)
     outlived = torch.where(event.unsqueeze(1) > 0, index < interval, index <= interval)
@@ -118,9 +118,9 @@ def cox_loss(risk: Tensor, time: Tensor, event: Tensor, weights: Tensor | None =
 
 def breslow_hazard(risk: Tensor, time: Tensor, event: Tensor, at: Sequence[float]) -> list[float]:
     """Cumulative baseline hazard at the times `at`: the events until then, each over the summed exp(risk) still at risk."""
-    exponential, time = risk.double().exp(), time.double()
+    exponential, ends = risk.double().exp(), torch.tensor(at, dtype=time.dtype)  # as exact as the times: some are equal
     result = []
-    for end in at:
+    for end in ends:
         struck = time[(event > 0) & (time <= end)]
         at_risk = torch.stack([exponential[time >= one].sum() for one in struck]) if len(struck) else exponential[:0]
         result.append(float((1 / at_risk).sum()))

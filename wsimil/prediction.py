@@ -38,6 +38,7 @@ from wsimil.settings import save_settings
 from wsimil.table import Table
 from wsimil.task import Task, agreed, survival_of
 from wsimil.training import TrainedModel, load_model
+from wsimil.training.cohort import labels_hash
 from wsimil.training.model import differences
 
 __all__ = ["predict"]
@@ -108,6 +109,7 @@ def predict(
         if status.status == "failed" and status.slide_id not in bag_folder.headers:
             row = run.describe([status.slide_id], statuses) | {"status": "failed"}
             rows += [row | _side_of(fold) for fold in run.models_for(status.slide_id) or [""]]
+    rows += _without_bag(bag_folder, run, statuses, say) if only is None else []
     written = {slide_id for row in rows if row["status"] == "done" for slide_id in groups.get(row["slide_id"], [])}
     for path in (Path(out) / "scores").glob("*.h5"):
         if path.stem not in written and _is_ours(path):  # of an earlier prediction of other slides
@@ -118,6 +120,21 @@ def predict(
     with atomic_path(Path(out) / "predictions.csv") as temporary:
         table.to_csv(temporary, index=False)  # every digit that is there: rounded, confident predictions would be ties
     return table
+
+
+def _without_bag(bags: BagFolder, run: _Run, statuses: dict[str, Row], say: Callable[[str], None]) -> list[dict]:
+    """Failed rows of the run's test slides that have neither a bag here nor a row that says why."""
+    folds = {model.fold for model in run.models}
+    sides: list[dict[str, Any]] = run.splits.to_dict("records")
+    tested = [(row["slide_id"], row["fold"]) for row in sides if row["split"] == "test" and row["fold"] in folds]
+    said = {name for name, row in statuses.items() if row.status == "failed"} | set(bags.headers)
+    absent = [(name, fold) for name, fold in tested if name not in said]
+    if not absent or not any(name in bags.headers for name, _ in tested):  # bags of another cohort
+        return []
+    names = sorted({name for name, _ in absent})
+    some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    say(f"{len(names)} test slides of the model have no bag in {bags.folder}, so they are not predicted (status failed): {some}")
+    return [run.describe([name], statuses) | _side_of(str(fold)) | {"status": "failed"} for name, fold in absent]
 
 
 def _is_ours(scores: Path) -> bool:
@@ -225,8 +242,14 @@ def _read_run(folder: Path, say: Callable[[str], None]) -> _Run:
                 f"{model.folder.name} was trained on other splits than {root / 'splits.csv'}; its test slides cannot be told "
                 f"from its training slides: train it again, or delete {model.folder} if its fold or seed is no longer wanted"
             )
-    labels = pd.read_csv(root / "labels.csv", dtype=str, keep_default_na=False).set_index("slide_id")
-    return _Run(models, splits, labels)
+    labels = pd.read_csv(root / "labels.csv", dtype=str, keep_default_na=False)
+    for model in models:
+        if model.content.get("labels_hash", "") not in ("", labels_hash(splits, labels, model.fold)):
+            raise UsageError(
+                f"{model.folder.name} learned other labels than those in {root / 'labels.csv'}: train it again, or delete "
+                f"{model.folder} if its fold or seed is no longer wanted"
+            )
+    return _Run(models, splits, labels.set_index("slide_id"))
 
 
 def _check_one_recipe(root: Path, models: list[TrainedModel]) -> None:

@@ -382,12 +382,12 @@ class Task:
 
     def risks(self, logits: np.ndarray) -> np.ndarray:
         """Outputs (M, C) of a survival task → risks (M,): higher is earlier. Cox: log-hazard against an average slide;
-        nll: minus the expected number of intervals outlived.
+        nll: minus the expected share of intervals outlived; folds may have different numbers of them.
         """
         outputs = np.asarray(logits, dtype=np.float64)
         if self.compares_slides:
             return (outputs[:, 0] - self.center) * self.scale
-        return -np.exp(np.cumsum(_log_sigmoid(-outputs), axis=1)).sum(axis=1)
+        return -np.exp(np.cumsum(_log_sigmoid(-outputs), axis=1)).mean(axis=1)
 
     def survival(self, logits: np.ndarray) -> np.ndarray:
         """Outputs (M, C) of a survival task → chance (M, H) to be without the event at each horizon; Cox without a
@@ -503,7 +503,7 @@ def _with_intervals(task: Task, labels: Sequence[str], validation: Sequence[str]
         return task
     inner = np.unique(np.quantile(struck, np.linspace(0, 1, n_intervals + 1)[1:-1]))
     end = max(time for time, _ in seen)
-    inner = inner[(inner > min(struck)) & (inner < end)]
+    inner = inner[(inner > 0) & (inner < max(struck))]  # the last one holds an event, too
     return replace(task, intervals=(*map(float, inner), float(end)))
 
 

@@ -402,3 +402,22 @@ def test_rows_of_pooled_slides_have_the_label_of_their_patient(table):
     assert rows(found) == [("d", "P3", "1"), ("e", "P3", "0")]
     with pytest.raises(LabelsError, match=r"slide 'a' .*none of the 1 slides"):
         labels_of_rows(labels, predicted(("z", "z", "z")))
+
+
+def test_accents_are_one_name_however_they_are_typed(table):
+    composed, split = "Jos\u00e9", "Jose\u0301"
+    labels = read_labels(table(f"slide,patient,label\na,{composed},caf\u00e9\nb,{split},cafe\u0301\n"), CONFIG)
+    assert set(labels["patient"]) == {composed} and labels["label"].nunique() == 1
+
+
+def test_patients_that_a_table_does_not_name_may_be_left_to_others(table):
+    path = table("slide,patient,label\na,P1,x\nb,,y\n")
+    assert read_labels(path, CONFIG)["patient"].tolist() == ["P1", "b"]
+    assert read_labels(path, CONFIG, named_only=True)["patient"].tolist() == ["P1", ""]
+    assert read_labels(table("slide,label\na,x\n"), CONFIG, named_only=True)["patient"].tolist() == [""]
+
+
+def test_a_column_of_several_labels_knows_those_it_is_told_of(table):
+    config = LabelsConfig(task="multilabel")
+    labels = read_labels(table("slide,label\na,A\nb,B\n"), config, names=("A", "C"))
+    assert labels["label"].tolist() == ["A=1;B=0;C=0", "A=0;B=1;C=0"]

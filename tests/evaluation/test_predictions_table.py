@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from wsimil.cli import main
 from wsimil.errors import LabelsError, UsageError
-from wsimil.evaluation.table import check_predictions, read_predictions
+from wsimil.evaluation.table import check_predictions, mean_over_folds, read_predictions
+from wsimil.files import read_json
 
 
 def table(**columns: object) -> pd.DataFrame:
@@ -244,3 +246,26 @@ def test_several_labels_that_make_no_sense_are_refused(columns: dict[str, str], 
 def test_a_probability_above_one_is_refused_for_labels_too() -> None:
     with pytest.raises(UsageError, match="not between 0 and 1"):
         check_predictions(table(label="tumour=1", prob_tumour=1.2), kind="multilabel")
+
+
+def test_rows_of_another_side_are_left_out_however_they_are_written() -> None:
+    found = check_predictions(table(split=["Train", "test", "VAL", "test"]))
+    assert found.counts["n_not_test"] == 2 and len(found.label) == 2
+    with pytest.raises(UsageError, match="split 'validation' is unknown; expected one of train, val, test, new"):
+        check_predictions(table(split=["validation", "test", "test", "test"]))
+
+
+def test_without_a_threshold_the_mean_over_folds_decides_at_one_half() -> None:
+    twice = table(slide_id=["a", "a", "c", "d"], fold=["0", "1", "1", "1"], threshold=np.nan, prob_tumour=[0.9, 0.8, 0.4, 0.7])
+    assert mean_over_folds(twice).set_index("slide_id").loc["a", "prediction"] == "tumour"
+
+
+@pytest.mark.parametrize("labels", ["slide,label\n", "slide,patient,label\n"])
+def test_patients_of_the_predictions_stay_where_the_label_table_names_none(tmp_path: Path, labels: str) -> None:
+    table().to_csv(tmp_path / "predictions.csv", index=False)
+    gap = "," if "patient" in labels else ""
+    rows = [f"{name},{gap}{'normal' if name in 'ac' else 'tumour'}\n" for name in "abcd"]
+    (tmp_path / "labels.csv").write_text(labels + "".join(rows))
+    options = ["--labels", str(tmp_path / "labels.csv"), "--out", str(tmp_path / "out"), "--quiet"]
+    assert main(["evaluate", str(tmp_path / "predictions.csv"), *options]) == 0
+    assert read_json(tmp_path / "out" / "metrics.json")["pooled"]["n_patients"] == 3

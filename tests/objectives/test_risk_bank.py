@@ -124,6 +124,16 @@ def test_pseudo_bags_of_a_slide_stand_for_one_slide_at_risk():
     torch.testing.assert_close(losses["pseudo"], losses["bag"])
 
 
+def test_pseudo_bags_count_in_validation_as_in_training():
+    risk, targets, names = cohort()
+    objective = SlideLabel(COX)
+    objective.losses(Fixed(risk, pseudo=False), batch_of(targets, names), 0.0)  # the bank is full
+    new, new_targets, new_names = cohort(seed=1)
+    batch = batch_of(new_targets, [f"val-{name}" for name in new_names])
+    losses = objective.eval().losses(Fixed(new, pseudo=True), batch, 0.0)
+    torch.testing.assert_close(losses["pseudo"], losses["bag"])
+
+
 def test_the_objective_resumes_with_its_bank():
     risk, targets, names = cohort()
     objective = SlideLabel(COX)

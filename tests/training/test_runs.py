@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from wsimil.config import Settings, SplitConfig, TrainConfig
-from wsimil.errors import UsageError
+from wsimil.config import PredictConfig, Settings, SplitConfig, TrainConfig
+from wsimil.errors import ConfigError, UsageError
 from wsimil.prediction import predict
 from wsimil.training import load_model, train
 from wsimil.training.model import recipe
@@ -71,6 +71,56 @@ def test_a_test_slide_that_arrives_late_is_predicted_by_the_model_that_is_there(
     said = trained(bags, tmp_path / "run", labels=tmp_path / "all.csv", stack=stack, **keep)
     assert not any("already trained" in line for line in said)
     assert load_model(tmp_path / "run/fold0-seed0").content["n_train"] < 15
+
+
+def test_models_of_labels_that_were_corrected_since_are_named_and_refused(toy, tmp_path):
+    trained(toy, tmp_path / "run")
+    table = pd.read_csv(toy / "labels.csv")
+    turned = tmp_path / "labels.csv"
+    table.assign(label=table["label"].map({"neg": "pos", "pos": "neg"})).to_csv(turned, index=False)
+    said: list[str] = []
+    settings = Settings(train=replace(QUICK, fold="0"), split=SplitConfig(folds=2))
+    splits = tmp_path / "run" / "splits.csv"
+    train(toy, turned, tmp_path / "run", splits=splits, settings=settings, say=said.append)
+    assert any("fold1-seed0: it learned other labels" in line for line in said)
+    with pytest.raises(UsageError, match="fold1-seed0 learned other labels"):
+        predict(toy, tmp_path / "run", tmp_path / "out", quiet=True)
+    train(toy, turned, tmp_path / "run", splits=splits, settings=replace(settings, train=QUICK))
+    assert len(predict(toy, tmp_path / "run", tmp_path / "out", quiet=True)) == 24
+
+
+def test_a_test_slide_without_a_bag_is_a_row(toy, tmp_path):
+    shutil.copytree(toy / "features_toy", tmp_path / "features_toy")
+    trained(toy, tmp_path / "run")
+    (tmp_path / "features_toy" / "s03.h5").unlink()
+    said: list[str] = []
+    table = predict(tmp_path / "features_toy", tmp_path / "run", tmp_path / "out", quiet=True, say=said.append)
+    assert len(table) == 24 and table.loc[table["status"] == "failed", "slide_id"].tolist() == ["s03"]
+    assert any("1 test slides of the model have no bag" in line and "s03" in line for line in said)
+
+
+def test_splits_keep_their_patients_where_the_label_table_names_none(toy, tmp_path):
+    table = pd.read_csv(toy / "labels.csv")
+    patients = [f"p{number // 2 % 6}-{label}" for number, label in enumerate(table["label"])]
+    table.assign(patient=patients).to_csv(tmp_path / "a.csv", index=False)
+    settings = Settings(train=QUICK, split=SplitConfig(folds=2))
+    train(toy, tmp_path / "a.csv", tmp_path / "one", settings=settings)
+    table[["slide", "label"]].to_csv(tmp_path / "b.csv", index=False)
+    train(toy, tmp_path / "b.csv", tmp_path / "two", splits=tmp_path / "one" / "splits.csv", settings=settings)
+    one, two = (pd.read_csv(tmp_path / run / "splits.csv") for run in ("one", "two"))
+    assert one["patient"].nunique() < 24 and one["patient"].equals(two["patient"])
+    pooled = predict(toy, tmp_path / "two", tmp_path / "out", config=PredictConfig(bag="patient"), quiet=True)
+    assert len(pooled) == one["patient"].nunique()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"sampling": "balanced"}, "for classes and events"), ({"sampling": "risk_set"}, "for survival")]
+)
+def test_an_order_of_slides_that_the_task_cannot_have_is_refused(toy, tmp_path, changes, said):
+    table = pd.read_csv(toy / "labels.csv")
+    table.assign(label=[number / 7 for number in range(len(table))]).to_csv(tmp_path / "labels.csv", index=False)
+    with pytest.raises(ConfigError, match=said):
+        train(toy, tmp_path / "labels.csv", tmp_path / "run", settings=Settings(train=replace(QUICK, **changes)))
 
 
 def test_a_fold_that_is_gone_is_named(toy, tmp_path):

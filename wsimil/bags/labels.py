@@ -15,7 +15,7 @@ import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -28,7 +28,7 @@ from wsimil.settings import nearest
 from wsimil.table import Table, read_table, require_column
 from wsimil.task import Task, agreed, facts_of, facts_text, survival_of, survival_text
 
-__all__ = ["infer_task", "labels_of_rows", "match_labels", "match_slides", "read_labels", "slide_ids_of"]
+__all__ = ["composed", "infer_task", "labels_of_rows", "match_labels", "match_slides", "read_labels", "slide_ids_of"]
 
 _MISSING = ("", "na", "n/a", "#n/a", "nan", "null")  # not "none": that is what some columns call their negative class
 _MAX_INTEGER_CLASSES = 20
@@ -38,14 +38,23 @@ _YES, _NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 
 
 def read_labels(
-    path: str | Path, config: LabelsConfig, *, group: str = "patient", site: str | None = None, test: str | None = None
+    path: str | Path,
+    config: LabelsConfig,
+    *,
+    group: str = "patient",
+    site: str | None = None,
+    test: str | None = None,
+    named_only: bool = False,
+    names: Sequence[str] = (),
 ) -> Table:
     """Columns `slide, patient, site, label`, all text; rows without a label have an empty one.
 
     `patient` is the slide itself where it is empty, and the `group` where the table has no such column; `site` is empty where
     there is none. With a `group` other than the patient there is a column `group`: the least parts that tear neither a patient nor
     a value of that column apart, named by its values (`A`; `A+B` where a patient has slides in both; of slides without one, by the
-    patient). With `test`, the column that names an official test set, there is a column `official` of its values.
+    patient). With `test`, the column that names an official test set, there is a column `official` of its values. With `named_only`
+    `patient` is empty where the table names none: for whoever knows patients from elsewhere. `names` are labels that a column of
+    several knows besides those in it.
 
     Raises:
         LabelsError: no such file or column, a slide without a name.
@@ -64,17 +73,19 @@ def read_labels(
         require_column(path, table, column, LabelsError)
     table = table.where(~table.apply(lambda cells: cells.str.lower()).isin(_MISSING), "")
     slides = table["slide"]
+    table = table.map(composed)  # `José` is one patient, however it is typed; slides keep the bytes of their file names
     if (slides == "").any():
         raise LabelsError(f"{path}, line {slides.index[slides == ''][0]}: the slide is empty")
-    patients = table.get("patient", slides if group == "patient" else table[group])  # the only owner that such a table names
-    patients = patients.where(patients != "", slides)
+    nobody = pd.Series("", table.index, dtype=str)
+    named = table.get("patient", nobody if group == "patient" else table[group])  # the only owner that such a table names
+    patients = named.where(named != "", slides)
     return pd.DataFrame(
         {
             "slide": slides,
-            "patient": patients,
+            "patient": named if named_only else patients,
             **({} if group == "patient" else {"group": _joined(patients, table[group])}),
             "site": table.get(site or "site", ""),
-            "label": _labels(path, table[truth], config),
+            "label": _labels(path, table[truth], config, names),
             **({} if test is None else {"official": table[test].str.lower()}),
         }
     ).reset_index(drop=True)
@@ -101,7 +112,7 @@ def _joined(patients: Table, groups: Table) -> list[str]:
     return ["+".join(sorted(names.get(top(owner), {owner[1]}))) for owner in owners]
 
 
-def _labels(path: str | Path, cells: Table, config: LabelsConfig) -> Table:
+def _labels(path: str | Path, cells: Table, config: LabelsConfig, names: Sequence[str] = ()) -> Table:
     """One text per slide from the columns of the target."""
     if config.time is not None:
         return _per_row(path, cells, lambda row: _survival(*row))
@@ -116,10 +127,10 @@ def _labels(path: str | Path, cells: Table, config: LabelsConfig) -> Table:
     labels = cells.iloc[:, 0]
     if config.task == "multilabel" or (config.task == "auto" and not config.order and labels.str.contains(";").any()):
         named = labels.map(_listed)
-        names = sorted({name for listed in named for name in listed}, key=_natural)
-        if wrong := next((name for name in names if "=" in name), None):
+        every = sorted({*names, *(name for listed in named for name in listed)}, key=_natural)
+        if wrong := next((name for name in every if "=" in name), None):
             raise LabelsError(f"{path}: {wrong!r} cannot be a label: write it without =")
-        said = [facts_text({name: int(name in listed) for name in names}) for listed in named]
+        said = [facts_text({name: int(name in listed) for name in every}) for listed in named]
         return pd.Series(said, labels.index, dtype=str).where(labels != "", "")
     if labels[labels != ""].str.fullmatch(r"[+-]?\d+(\.0+)?").all():
         labels = labels.str.replace(r"\.0+$", "", regex=True)
@@ -270,28 +281,28 @@ def _found(names: Iterable[str], known: set[str]) -> list[str | None]:
     """As `match_slides`, None where a name fits no slide."""
     by_name: dict[str, list[str]] = defaultdict(list)
     for slide_id in sorted(known):
-        by_name[_composed(slide_name(slide_id))].append(slide_id)
-    as_written = {_composed(slide_id): slide_id for slide_id in sorted(known)} | {slide_id: slide_id for slide_id in known}
+        by_name[composed(slide_name(slide_id))].append(slide_id)
+    as_written = {composed(slide_id): slide_id for slide_id in sorted(known)} | {slide_id: slide_id for slide_id in known}
     matched = []
     for given in names:
         path = _path_of(given)
-        said = [name for one in (given, str(path), slide_id_from_path(path)) for name in (one, _composed(one))]
+        said = [name for one in (given, str(path), slide_id_from_path(path)) for name in (one, composed(one))]
         found = [as_written[name] for name in said if name in as_written][:1]
-        found = found or [name for name in by_name.get(_composed(path.name), []) if _may_be(path, name)]
+        found = found or [name for name in by_name.get(composed(path.name), []) if _may_be(path, name)]
         if len(found) > 1:
             raise LabelsError(f"slide {given!r} of the table could be {', '.join(found)}; name it by its id")
         matched.append(found[0] if found else None)
     return matched
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
     """Letters with their accents as one character: some systems write file names in two."""
     return unicodedata.normalize("NFC", name)
 
 
 def _may_be(path: PurePosixPath, slide_id: str) -> bool:
     """Whether folders agree as far as both sides have some: y/a.svs is a, and z/y/a.svs, and not x/a.svs."""
-    given, slide_id = _composed(slide_id_from_path(path)), _composed(slide_id)
+    given, slide_id = composed(slide_id_from_path(path)), composed(slide_id)
     return len(path.parts) == 1 or f"__{given}".endswith(f"__{slide_id}") or f"__{slide_id}".endswith(f"__{given}")
 
 

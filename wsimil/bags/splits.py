@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from wsimil.bags.labels import composed
 from wsimil.config import SplitConfig
 from wsimil.errors import SplitsError
 from wsimil.files import atomic_path
@@ -237,7 +238,7 @@ def read_splits(path: str | Path) -> Table:
         raise SplitsError(f"{path}, line {bad.idxmax()}: fold {splits['fold'][bad].iloc[0]!r} is not a number")
     splits = splits.assign(
         fold=folds.astype(int),
-        patient=splits["patient"].where(splits["patient"] != "", splits["slide_id"]),
+        patient=splits["patient"].map(composed).where(splits["patient"] != "", splits["slide_id"]),
         site=splits.get("site", ""),
         split=splits["split"].str.lower(),
     )

@@ -2,8 +2,7 @@
 
 - Everything that is fitted here takes validation data and returns plain numbers to be stored with the model: nothing is
   fitted on a test set.
-- Small or one-sided validation sets leave the model as it is (temperature 1, threshold .5) rather than believe a few
-  slides.
+- Small validation sets leave the temperature at 1 rather than believe a few slides; one-sided ones leave the threshold at .5, too.
 """
 
 from __future__ import annotations

@@ -23,7 +23,16 @@ import pandas as pd
 from wsimil.errors import LabelsError, UsageError
 from wsimil.task import Task, facts_of, survival_of
 
-__all__ = ["ENSEMBLE", "KINDS", "SEEN", "Predictions", "check_predictions", "mean_over_folds", "read_predictions"]
+__all__ = [
+    "ENSEMBLE",
+    "KINDS",
+    "SEEN",
+    "Predictions",
+    "check_predictions",
+    "labels_of_predictions",
+    "mean_over_folds",
+    "read_predictions",
+]
 
 KINDS = ("binary", "multiclass", "multilabel", "ordinal", "regression", "proportion", "survival")
 
@@ -34,6 +43,7 @@ SEEN = "encoder_saw_slide"
 """Column that is 1 for slides that the encoder was pretrained on; not there where it saw none."""
 
 _STATUSES = ("done", "empty", "failed", "skipped")
+_SPLITS = ("train", "val", "test", "new")
 _PREFIX = "prob_"
 _SURVIVAL_PREFIX = "surv_"
 _NUMBER_OF_KIND = {"regression": "value", "proportion": "value", "survival": "risk"}
@@ -111,9 +121,16 @@ def mean_over_folds(table: Any) -> pd.DataFrame:
             row["fold"] = ";".join(several["fold"])
         if classes and row["status"] == "done":
             chances = np.array([[mean[_PREFIX + name] for name in classes]])
-            row["prediction"] = Task(kind, classes).decided(chances, mean.get("threshold", 0.5))[0]
+            threshold = mean.get("threshold", 0.5)
+            row["prediction"] = Task(kind, classes).decided(chances, threshold if np.isfinite(threshold) else 0.5)[0]
         rows.append(row)
     return pd.DataFrame(rows, columns=table.columns).sort_values("slide_id", ignore_index=True)
+
+
+def labels_of_predictions(predictions: Any) -> tuple[str, ...]:
+    """The labels that predictions of a multi-label task speak of; none of any other task."""
+    names = tuple(str(column).removeprefix(_PREFIX) for column in predictions if str(column).startswith(_PREFIX))
+    return names if names and _kind_of_classes(predictions, list(names)) == "multilabel" else ()
 
 
 def check_predictions(
@@ -252,6 +269,10 @@ def _joined(table: Any, labels: Any, kind: str) -> tuple[Any, dict[str, str]]:
     unknown = table.loc[~table["status"].isin(_STATUSES), "status"]
     if len(unknown):
         raise UsageError(f"status {unknown.iloc[0]!r} is unknown; expected one of {', '.join(_STATUSES)}")
+    table["split"] = table["split"].str.lower()
+    unknown = table.loc[~table["split"].isin([*_SPLITS, ""]), "split"]
+    if len(unknown):
+        raise UsageError(f"split {unknown.iloc[0]!r} is unknown; expected one of {', '.join(_SPLITS)}")
     return table, notes
 
 

@@ -48,7 +48,7 @@ class RiskBank(nn.Module):
         other_risk, other_time, other_event = others.to(time.dtype).unbind(1)
         other_risk = other_risk.to(risk.dtype)
         if not self.training:
-            return _against(risk, time, event, weights, other_risk, other_time, other_event)
+            return _against(risk, time, event, weights, other_risk, other_time, other_event) / len(set(slide_ids))
         together = None if weights is None else torch.cat([weights, torch.ones_like(other_time)])
         whole = cox_loss(torch.cat([risk, other_risk]), torch.cat([time, other_time]), torch.cat([event, other_event]), together)
         n_rows = len(set(slide_ids))
@@ -77,12 +77,12 @@ class RiskBank(nn.Module):
 def _against(
     risk: Tensor, time: Tensor, event: Tensor, weights: Tensor | None, other_risk: Tensor, other_time: Tensor, other_event: Tensor
 ) -> Tensor:
-    """Each event against the others at risk and itself; summed over rows, over the events expected among so many."""
+    """Each event against the others at risk and itself; summed over rows, over the share of events among the others."""
     at_risk = torch.where(other_time >= time.unsqueeze(1), other_risk, -torch.inf)  # (M, N)
     each = torch.logsumexp(torch.cat([risk.unsqueeze(1), at_risk], 1), 1) - risk
     each = each * event if weights is None else each * event * weights
     share = other_event.mean().clamp_min(1 / len(other_event))
-    return each.mean() / share
+    return each.sum() / share
 
 
 def _hashed(slide_ids: Sequence[str], device: torch.device) -> Tensor:

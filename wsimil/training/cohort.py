@@ -22,11 +22,13 @@ from wsimil.bags.splits import check_splits, make_splits, read_splits
 from wsimil.config import LabelsConfig, SplitConfig
 from wsimil.errors import SplitsError
 from wsimil.extraction.job import slides_of_job
+from wsimil.files import hash_of
+from wsimil.table import Table
 from wsimil.task import Task
 
 _FEW_ROWS = 4
 
-__all__ = ["Cohort", "check_not_seen", "prepare_cohort"]
+__all__ = ["Cohort", "check_not_seen", "labels_hash", "prepare_cohort"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,14 @@ def prepare_cohort(
         LabelsError, SplitsError: what does not fit, by name.
     """
     labels_config, split_config = labels_config or LabelsConfig(), split_config or SplitConfig()
-    table = read_labels(labels, labels_config, group=split_config.group, site=split_config.site, test=split_config.test)
+    table = read_labels(
+        labels,
+        labels_config,
+        group=split_config.group,
+        site=split_config.site,
+        test=split_config.test,
+        named_only=splits is not None,
+    )
     known = {*bags.slide_ids, *slides_of_job(bags)}
     table = match_labels(table, known)
     task = infer_task(table["label"], labels_config)
@@ -71,7 +80,11 @@ def prepare_cohort(
         return Cohort(table, made, task)
     given = read_splits(splits)
     given["slide_id"] = match_slides(given["slide_id"], known)
-    # whose a slide is, the label table says; two names may turn out to be one slide: so the check comes after
+    # whose a slide is, the label table says, or else the splits
+    whose = table["slide_id"].map(given.drop_duplicates("slide_id").set_index("slide_id")["patient"])
+    named = table["patient"].where(table["patient"] != "", whose)
+    table["patient"] = named.where(named.notna(), table["slide"])
+    # two names may turn out to be one slide: so the check comes after
     by_slide = table.set_index("slide_id")
     for column in ["patient", "group"] if "group" in table else ["patient"]:
         said = given["slide_id"].map(by_slide[column])
@@ -82,6 +95,13 @@ def prepare_cohort(
         raise SplitsError(f"{splits}: {unknown[0]} is not a labelled slide ({len(unknown)} such rows)")
     _check_no_twins(bags, given)
     return Cohort(table, given, task)
+
+
+def labels_hash(splits: pd.DataFrame, labels: Table, fold: int) -> str:
+    """Of what the slides that a fold learns from are said to be."""
+    text = dict(zip(labels["slide_id"], labels["label"], strict=True))
+    sides = splits[(splits["fold"] == fold) & (splits["split"] != "test")]
+    return hash_of(sorted([name, text.get(name, "")] for name in sides["slide_id"]))
 
 
 def check_not_seen(bags: BagFolder, splits: pd.DataFrame, folds: Iterable[int]) -> None:

@@ -60,6 +60,8 @@ def build_objective(config: TrainConfig, task: Task, labels: Sequence[str]) -> O
 
 def _order(config: TrainConfig, task: Task, labels: Sequence[str]) -> Callable[[int], Iterable[int]] | None:
     if config.sampling == "balanced":
+        if task.has_values:
+            raise ConfigError(f"train.sampling is balanced, which is for classes and events; the task is {task.kind}")
         strata = [task.strata(label) for label in labels]
         return lambda epoch: balanced_order(strata, seed=config.seed, epoch=epoch)
     if config.sampling == "risk_set":

@@ -31,7 +31,7 @@ from wsimil.extraction.extract import resolve_device
 from wsimil.files import atomic_path, hash_of, read_json, write_json
 from wsimil.settings import save_settings
 from wsimil.task import Task
-from wsimil.training.cohort import Cohort, check_not_seen, prepare_cohort
+from wsimil.training.cohort import Cohort, check_not_seen, labels_hash, prepare_cohort
 from wsimil.training.goals import build_objective
 from wsimil.training.items import LabelledSlides, TileStore, free_bytes
 from wsimil.training.loop import EPOCHS, Fitted, fit, resolve_precision
@@ -132,6 +132,8 @@ def _not_planned(out: Path, plans: list[_Plan], cohort: Cohort) -> Iterator[str]
             way_out = f"delete {folder}, or train into another --out"
         elif content["splits_hash"] != expected:
             wrong, way_out = "its splits were others, and it is not trained now", f"train it too, or delete {folder}"
+        elif content.get("labels_hash", "") not in ("", labels_hash(cohort.splits, cohort.labels, content["fold"])):
+            wrong, way_out = "it learned other labels, and it is not trained now", f"train it too, or delete {folder}"
         elif content["fold"] in {plan.fold for plan in plans}:
             yield f"{folder.name}: it is of another seed, and takes part in predictions; delete {folder} to leave it out"
             continue
@@ -246,11 +248,12 @@ def _already(plan: _Plan, done: dict[str, Any], cohort: Cohort) -> str:
     Its key says that it learned from the very slides that these splits give it to learn from. Where the rest of the splits has
     changed, the model takes their hash: no slide that they call its test slide was learned from.
     """
-    if done["splits_hash"] != (current := splits_hash(cohort.splits)):
+    current = _learned_from(cohort, plan.fold)
+    if any(done.get(name) != value for name, value in current.items()):
         for path in plan.folder.parent.glob(f"{EPOCHS}/*/{plan.folder.name}/model.json"):
             _copy_tables(plan, path.parent.parent)
-            write_json(path, read_json(path) | {"splits_hash": current})
-        write_json(plan.folder / "model.json", done | {"splits_hash": current})  # last: until then it is done again
+            write_json(path, read_json(path) | current)
+        write_json(plan.folder / "model.json", done | current)  # last: until then it is done again
     return f"{plan.folder.name}: already trained (epoch {done['best_epoch']}, validation loss {done['val_loss']:.3f})"
 
 
@@ -300,6 +303,7 @@ def _begin(plan: _Plan, settings: Settings) -> None:
         shutil.rmtree(plan.folder / EPOCHS, ignore_errors=True)
     plan.folder.mkdir(parents=True, exist_ok=True)
     key.write_text(plan.key)
+    (plan.folder / "model.json").unlink(missing_ok=True)  # a run that is killed now predicts with no old model
     save_settings(plan.folder / "config.yaml", replace(settings, train=plan.config), _SECTIONS)
 
 
@@ -362,7 +366,7 @@ def _finish(plan: _Plan, store: TileStore, cohort: Cohort, fitted: Fitted, devic
         "filter": asdict(bags.filter),
         "fold": plan.fold,
         "seed": config.seed,
-        "splits_hash": splits_hash(cohort.splits),
+        **_learned_from(cohort, plan.fold),
         "best_epoch": fitted.best_epoch,
         "epochs": len(fitted.history),
         "val_loss": val_loss,
@@ -377,6 +381,11 @@ def _finish(plan: _Plan, store: TileStore, cohort: Cohort, fitted: Fitted, devic
     _publish_epochs(plan, content)
     write_json(plan.folder / "model.json", content)  # last: it says that all is there
     return f"{plan.folder.name}: epoch {fitted.best_epoch} of {len(fitted.history)}, validation loss {val_loss:.3f}"
+
+
+def _learned_from(cohort: Cohort, fold: int) -> dict[str, str]:
+    """What tells later whether the tables beside a model are still those it learned from."""
+    return {"splits_hash": splits_hash(cohort.splits), "labels_hash": labels_hash(cohort.splits, cohort.labels, fold)}
 
 
 def _publish_epochs(plan: _Plan, content: dict[str, Any]) -> None:
