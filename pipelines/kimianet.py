@@ -30,8 +30,10 @@ from wsimil import Settings, extract_features
 from wsimil.bags.labels import infer_task, match_labels, read_labels
 from wsimil.bags.splits import make_splits, write_splits
 from wsimil.config import ExtractConfig, LabelsConfig, PretrainConfig, SplitConfig, TileConfig
+from wsimil.encoders import encoder_contract, load_encoder, save_encoder
 from wsimil.encoders.trainable import start_name
-from wsimil.errors import WsimilError
+from wsimil.encoders.vit import NetworkEncoder
+from wsimil.errors import UsageError, WsimilError
 from wsimil.evaluation.metrics import accuracy, balanced_accuracy, confusion_matrix, macro_f1
 from wsimil.extraction.mosaic import mosaic_slides
 from wsimil.pretraining import pretrain
@@ -99,7 +101,10 @@ def study(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         labels[labels["slide_id"].isin(test)].drop(columns="slide").rename(columns={"slide_id": "slide"}).to_csv(
             folder / "labels.csv", index=False
         )
-        encoders = {f"trained, configuration {options.configuration}": str(folder / "encoder"), **beside(options)}
+        trained = folder / "encoder"
+        encoders = {f"trained, configuration {options.configuration}": str(trained)}
+        for number, (name, other) in enumerate(beside(options).items()):
+            encoders[name] = str(seen_alike(other, trained, folder / f"beside{number}"))
         mosaic_slides(folder / "test.csv", folder / "job", tile=settings.tile)
         extraction = extract_features(
             folder / "test.csv",
@@ -127,6 +132,17 @@ def beside(options: argparse.Namespace) -> dict[str, str]:
     init = options.init or ("scratch" if options.size == "toy" else "imagenet")
     began = {} if init in ("scratch", "none") else {f"where it began ({init})": start_name(options.arch, init)}
     return {**began, "random weights": f"random:{options.arch.partition('.')[0]}"}
+
+
+def seen_alike(name: str, trained: Path, folder: Path) -> Path:
+    """Another encoder, written so that it sees tiles as large as the trained one does: what differs is weights alone."""
+    encoder, contract = load_encoder(name), encoder_contract(str(trained))
+    if not isinstance(encoder, NetworkEncoder):
+        raise UsageError(f"{name} is no network: it has no place beside a trained one")
+    alike = replace(
+        encoder.contract, name=folder.name, tile_px=contract.tile_px, mpp=contract.mpp, trained_mpps=(), local=False, sha256=""
+    )
+    return save_encoder(folder, encoder.network, alike)
 
 
 def summary(name: str, rows: pd.DataFrame) -> dict[str, str]:

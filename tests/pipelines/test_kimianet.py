@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import kimianet as pipeline
 import pytest
+import torch
 from safetensors.torch import save_file
 
-from wsimil.encoders import load_encoder
+from wsimil.encoders import load_encoder, save_encoder
 from wsimil.encoders.networks import build_network
 from wsimil.encoders.trainable_cnn import trainable_cnn
+from wsimil.encoders.vit import NetworkEncoder
 
 
 def test_a_bare_file_of_weights_is_a_start_and_a_line_of_the_table(tmp_path: Path) -> None:
@@ -21,6 +24,18 @@ def test_a_bare_file_of_weights_is_a_start_and_a_line_of_the_table(tmp_path: Pat
     assert list(compared) == [f"where it began ({file})", "random weights"]
     vectors = [load_encoder(name).contract.dim for name in compared.values()]
     assert vectors == [trainable_cnn("resnet10t", init=str(file)).embed_dim] * 2
+
+
+def test_what_it_is_compared_with_sees_tiles_of_the_same_size(tmp_path: Path) -> None:
+    trained = load_encoder("random:resnet10t")
+    contract = replace(trained.contract, name="trained", tile_px=96, local=False, sha256="")
+    save_encoder(tmp_path / "encoder", trained.network, contract)
+    other = load_encoder(str(pipeline.seen_alike("random:resnet10t:1", tmp_path / "encoder", tmp_path / "beside0")))
+    tiles = torch.randint(0, 255, (2, 96, 96, 3), dtype=torch.uint8)
+    assert other.contract.tile_px == 96 and trained.contract.tile_px != 96
+    plain = replace(load_encoder("random:resnet10t:1").contract, tile_px=96)
+    expected = NetworkEncoder(plain, load_encoder("random:resnet10t:1").network)(tiles)
+    torch.testing.assert_close(other(tiles), expected)
 
 
 @pytest.mark.parametrize(
