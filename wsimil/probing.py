@@ -213,6 +213,8 @@ def _some_groups(table: Table, most: int) -> Table:
         if total + sizes[name] <= most:
             kept.add(name)
             total += sizes[name]
+    if not kept:
+        raise LabelsError(f"--max-tiles {most}: every group has more tiles, {sizes.min()} or more; ask for more, or leave it out")
     return table[table["group"].isin(kept)].reset_index(drop=True)
 
 

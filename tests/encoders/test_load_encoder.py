@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_vit import ARCHITECTURE, TINY
 
 from wsimil.encoders import ENCODERS, describe_encoder, encoder_contract, encoder_rows, hub, load_encoder, save_encoder
+from wsimil.encoders.contract import EncoderContract
 from wsimil.encoders.vit import NetworkEncoder
 from wsimil.errors import EncoderError, EncoderWeightsError
 
@@ -451,6 +452,29 @@ def test_a_failed_download_says_why(monkeypatch, failure, message):
 def test_the_contract_is_known_without_weights():
     contract = encoder_contract("hibou-b")
     assert (contract.dim, contract.sha256, contract.gated) == (768, "", True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mpp": float("nan")}, {"mpp": 0.0}, {"mpp": -0.5}, {"mpp": float("inf")}, {"trained_mpps": (0.5, float("nan"))},
+        {"trained_mpps": (0.5, 0.0)}, {"std": (0.2, float("nan"), 0.2)}, {"std": (float("nan"), 0.2, 0.2)},
+        {"std": (0.2, 0.2, float("inf"))}, {"mean": (0.5, 0.5, float("nan"))},
+    ],
+)  # fmt: skip
+def test_numbers_of_a_contract_are_finite(wrong):
+    with pytest.raises(ValueError, match=rf"encoder one: .*{next(iter(wrong))} .*expected"):
+        EncoderContract("one", ARCHITECTURE, 24, **wrong)
+
+
+def test_an_input_that_is_no_whole_number_of_patches_is_refused_with_one_that_is(tmp_path):
+    facts = {"architecture": ARCHITECTURE, "model_args": {**TINY, "dynamic_img_size": True}, "tile_px": 40}
+    save_file(timm.create_model(ARCHITECTURE, num_classes=0, **TINY).state_dict(), tmp_path / "weights.safetensors")
+    (tmp_path / "encoder.json").write_text(json.dumps(facts))
+    with pytest.raises(EncoderError, match=r"says 40 px, .* 16 px each; a tile_px of 32 would be"):
+        encoder_contract(str(tmp_path))
+    (tmp_path / "encoder.json").write_text(json.dumps({**facts, "tile_px": 48}))
+    assert load_encoder(str(tmp_path)).contract.tile_px == 48
 
 
 @pytest.mark.parametrize(

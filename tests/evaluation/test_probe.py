@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from wsimil.errors import LabelsError, UsageError
 from wsimil.evaluation.probe import check_labels, deal_groups, probe_features
+from wsimil.probing import _some_groups
 
 
 def cohort(n_groups: int, per_group: int, *, signal: float, group_signal: float = 0.0, dim: int = 8, seed: int = 0):
@@ -29,6 +31,30 @@ def test_a_group_is_in_one_fold_and_every_fold_has_every_class():
         fold = deal_groups(label, groups, folds=5, seed=seed)
         assert all(np.unique(fold[groups == group]).size == 1 for group in np.unique(groups))
         assert all(set(label[fold == k]) == set(label) for k in range(5))
+
+
+def test_no_fold_is_empty_where_there_are_groups_for_all():
+    fold = deal_groups(np.array([0, 0, 1, 1, 2, 2]), np.arange(6), folds=5, seed=0)
+    assert set(fold) == set(range(5))
+    rng = np.random.default_rng(2)
+    for seed in range(300):
+        folds, n_classes = int(rng.integers(3, 7)), int(rng.integers(2, 6))
+        groups = np.concatenate([np.arange(folds), rng.integers(0, folds + rng.integers(0, 10), 30)])
+        label = rng.integers(0, n_classes, 40)[groups] if seed % 2 else rng.integers(0, n_classes, len(groups))
+        assert set(deal_groups(label, groups, folds=folds, seed=seed)) == set(range(folds))
+
+
+def test_classes_that_share_no_group_are_probed_in_all_folds():
+    features = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    found = probe_features(features, ["a", "a", "b", "b", "c", "c"], range(6), probes=("5-NN", "logistic"), seeds=(0, 1))
+    assert all(np.isfinite(probed.probability).all() for probed in found.values())
+
+
+def test_fewer_tiles_than_a_group_has_are_refused():
+    table = pd.DataFrame({"group": list("aaabbbb"), "label": list("xxxyyyy")})
+    assert len(_some_groups(table, 3)) == 3
+    with pytest.raises(LabelsError, match=r"--max-tiles 2: every group has more tiles, 3"):
+        _some_groups(table, 2)
 
 
 def test_folds_are_of_one_size_and_a_seed_deals_them_anew():

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -340,6 +341,14 @@ def test_a_damaged_picture_is_drawn_again_and_costs_no_group(pictures: Path) -> 
     colours = {tuple(tile[0, 0].tolist()) for batch in feed for tile in batch.pixels}
     assert (56, 100, 50) not in colours and len(colours) == 31
     assert feed.counts.unreadable >= 1 and not feed.quarantined
+
+
+def test_pictures_that_nobody_can_read_are_an_error_with_the_first_reason(tmp_path: Path, readers) -> None:
+    (tmp_path / "deep").mkdir()
+    for number in range(4):
+        cv2.imwrite(str(tmp_path / "deep" / f"{number}.png"), np.full((PX, PX), 30_000, np.uint16))
+    with pytest.raises(WsimilError, match=r"the last one on deep \(.*16.*\); is the folder still there"):
+        list(TileFeed(free(index_tiles(tmp_path, tile_px=PX, mpp=0.5)), batch_size=4, steps=range(1), workers=1))
 
 
 def test_a_folder_that_is_gone_is_an_error(pictures: Path) -> None:

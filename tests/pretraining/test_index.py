@@ -13,6 +13,7 @@ from PIL import Image
 from wsimil.config import JobConfig, TileConfig
 from wsimil.errors import UsageError, WsimilError
 from wsimil.extraction.job import read_status
+from wsimil.files import hash_of, mark_output
 from wsimil.pretraining.index import index_slides, index_tiles
 from wsimil.slides.write_tiff import write_slide
 
@@ -70,6 +71,28 @@ def test_more_than_a_tenth_of_failed_slides_is_an_error_that_names_them(slides: 
 def test_no_tissue_anywhere_is_an_error(slides: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no tissue on any"):
         index_slides(slides / "glass.tiff", tmp_path / "job", tile=TILE, job=JOB, quiet=True)
+
+
+def test_pictures_of_another_size_say_how_much_they_shrink(tmp_path: Path) -> None:
+    def index_of(*sizes: tuple[int, int]):
+        folder = tmp_path / hash_of(sizes)
+        folder.mkdir()
+        for number, size in enumerate(sizes):
+            Image.new("RGB", size, "red").save(folder / f"{number:03d}.png")
+        return index_tiles(folder, tile_px=32, mpp=0.5)
+
+    assert index_of((32, 32), (40, 32)).shrunk == (1, 1)
+    assert index_of((48, 64)).shrunk == (1.5, 1.5)
+    assert index_of(*[(32, 32)] * 40, *[(64, 64)] * 40).shrunk == (1, 2)  # of many, some are asked
+    assert index_of((16, 16), (64, 64)).shrunk == (0.5, 2)
+
+
+def test_what_wsimil_wrote_is_no_tile(tmp_path: Path) -> None:
+    for name in ("x/1.png", "run/views.png", "run/pictures/patches-0000001.jpg"):
+        (tmp_path / "tiles" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "tiles" / name)
+    mark_output(tmp_path / "tiles" / "run")
+    assert [slide.pictures for slide in index_tiles(tmp_path / "tiles", tile_px=8, mpp=0.5).slides] == [("x/1.png",)]
 
 
 def test_a_folder_of_pictures_is_an_index_of_groups(tmp_path: Path) -> None:

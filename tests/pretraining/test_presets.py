@@ -100,6 +100,7 @@ def test_patches_have_to_fill_a_view() -> None:
         ({"recipe_options": ("mean=0.5",)}, "three numbers"),
         ({"recipe_options": ("std=0,0,0",)}, "std is .*more than 0"),
         ({"recipe_options": ("local_px=0",)}, "local_px is 0; expected at least 1"),
+        ({"recipe_options": ("prototypes=1",)}, "prototypes is 1; expected at least 2"),
         ({"recipe_options": ("lr_batch=0",)}, "lr_batch is 0"),
         ({"recipe_options": ("distinct=-3",)}, "distinct is -3; expected 0 or more"),
         ({"recipe_options": ("drop_path=1.5",)}, "drop_path is 1.5; .*less than 1"),

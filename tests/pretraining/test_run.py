@@ -23,6 +23,7 @@ from wsimil.errors import SplitsError, UsageError, WsimilError
 from wsimil.files import hash_of, read_json, write_json
 from wsimil.pretraining import Forecast, Pretrained, pretrain
 from wsimil.pretraining.process import read_table
+from wsimil.slides.write_tiff import write_slide
 
 TINY = (
     "global_px=32",
@@ -140,6 +141,24 @@ def test_killed_and_resumed_it_ends_in_the_same_weights(
         assert straight == again
 
 
+def test_lines_of_the_log_are_those_of_a_run_that_never_stopped(
+    tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readers
+) -> None:
+    asked = settings(steps=200)  # a line every four steps
+    pretrain(tiles, tmp_path / "straight", settings=asked, quiet=True)
+    for at in (7, 58):
+        with monkeypatch.context() as patched:
+            stop_at(at, patched)
+            with pytest.raises(KeyboardInterrupt):
+                pretrain(tiles, tmp_path / "run", settings=asked, quiet=True)
+    pretrain(tiles, tmp_path / "run", settings=asked, quiet=True)
+    columns = ("step", "loss", "loss_dino", "grad_norm", "entropy", "lr", "weight_decay")
+    straight, again = (
+        [[row[name] for name in columns] for row in read_table(tmp_path / run / "log.csv")] for run in ("straight", "run")
+    )
+    assert straight == again and len(straight) == 50
+
+
 def test_one_run_goes_on_with_no_other_settings(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readers) -> None:
     with monkeypatch.context() as patched:
         stop_at(2, patched)
@@ -232,6 +251,91 @@ def test_views_are_whole_patches_of_the_network(tiles: Path, tmp_path: Path, opt
     assert not (tmp_path / "run").exists()
 
 
+def test_one_patch_cannot_be_hidden_in_part_and_seeds_have_an_end(tiles: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"views of 16 px are one patch of test_vit.*global_px=32"):
+        pretrain(tiles, tmp_path / "run", settings=settings("mae", options=("global_px=16", "decoder_dim=16")), quiet=True)
+    with pytest.raises(UsageError, match=r"--seed 9223372036854775808 .* less than 2\^63"):
+        pretrain(tiles, tmp_path / "run", settings=settings(seed=2**63), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tile_images_of_another_size_are_seen_at_another_scale(tmp_path: Path, readers) -> None:
+    (tmp_path / "tiles" / "a").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        Image.fromarray(rng.integers(60, 200, (48, 48, 3), np.uint8)).save(tmp_path / "tiles" / "a" / f"{number}.png")
+    said: list[str] = []
+    run = pretrain(tmp_path / "tiles", tmp_path / "run", settings=settings("mae", steps=2), quiet=True, say=said.append)
+    described = read_json(run.folder / "encoder.json")
+    assert described["mpp"] == 0.75 and described["how_trained"]["mpp"] == [0.75, 0.75]
+    assert sum("tile images of 48 px are made 32 px wide, which makes them 0.75 µm/px" in line for line in said) == 1
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "tiles" / "a" / "x.png")
+    run = pretrain(tmp_path / "tiles", tmp_path / "mixed", settings=settings("mae", steps=2), quiet=True)
+    described = read_json(run.folder / "encoder.json")
+    assert described["mpp"] is None and (described["trained_mpps"][0], described["trained_mpps"][-1]) == (0.5, 0.75)
+
+
+def test_a_run_inside_the_folder_of_its_tiles_is_no_tile(tiles: Path, tmp_path: Path, readers) -> None:
+    shutil.copytree(tiles, tmp_path / "tiles")
+    asked, said = settings(steps=2), []
+    pretrain(tmp_path / "tiles", tmp_path / "tiles" / "run", settings=asked, quiet=True)
+    pretrain(tmp_path / "tiles", tmp_path / "tiles" / "run", settings=asked, quiet=True, say=said.append)
+    assert any("already pretrained" in line for line in said)
+
+
+def test_thumbnails_beside_slides_do_not_make_them_tiles(tiles: Path, coded_slides: Path, tmp_path: Path) -> None:
+    from wsimil.pretraining.run import _holds_tiles
+
+    for place in range(3):  # whatever the order of the folders
+        folder = tmp_path / f"{place}"
+        for sub in ("a", "b", "c"):
+            (folder / sub).mkdir(parents=True)
+        for number in range(20):
+            shutil.copy(tiles / "a" / "0.png", folder / "abc"[place] / f"{number}.png")
+        asked = PretrainConfig(), TileConfig(tile_px=32), lambda message: None
+        assert _holds_tiles(folder, *asked)
+        shutil.copy(coded_slides / "a.tiff", folder / "abc"[place - 1] / "a.tiff")
+        assert not _holds_tiles(folder, *asked)
+
+
+SLIDES = TileConfig(tile_px=32, tissue="none")
+
+
+def test_an_encoder_names_the_scales_and_the_slides_that_were_drawn(
+    coded_slides: Path, tmp_path: Path, readers, no_processes, short_timings
+) -> None:
+    shutil.copytree(coded_slides, tmp_path / "slides")
+    for name in "bc":
+        (tmp_path / "slides" / f"{name}.tiff").unlink()
+    asked = replace(settings("mae", steps=2, mpp_range="0.25-1"), tile=SLIDES)
+    run = pretrain(tmp_path / "slides", tmp_path / "run", settings=asked, quiet=True)
+    described = read_json(run.folder / "encoder.json")
+    assert (described["trained_mpps"][0], described["trained_mpps"][-1]) == (0.5, 1.0)  # the slides' own is .5
+    assert described["how_trained"]["mpp"] == [0.5, 1.0]
+    assert pretrain(tmp_path / "slides", tmp_path / "run", settings=asked, dry_run=True, quiet=True).mpp == (0.5, 1.0)
+    picture = np.random.default_rng(0).integers(60, 200, (60, 60, 3), np.uint8)
+    write_slide(tmp_path / "slides" / "small.tiff", picture, mpp=0.5, compression="deflate")
+    said: list[str] = []
+    asked = replace(settings("mae", steps=2, mpp_range="1.1-2"), tile=SLIDES)
+    run = pretrain(tmp_path / "slides", tmp_path / "coarse", settings=asked, quiet=True, say=said.append)
+    trained = read_json(run.folder / "encoder.json")["how_trained"]
+    assert trained["slides"].keys() == {"a", "d"} and trained["n_slides"] == 2
+    assert "1 of 3 slides left out: smaller than a tile of 32 px at 1.1 µm/px: small" in said
+
+
+@pytest.mark.parametrize("side", ["val", "test"])
+def test_a_training_slide_is_no_copy_of_one_that_is_held_out(coded_slides: Path, tmp_path: Path, side: str) -> None:
+    (tmp_path / "slides").mkdir()
+    for name, source in (("t1", "a"), ("t2", "b"), ("held", "b")):
+        shutil.copy(coded_slides / f"{source}.tiff", tmp_path / "slides" / f"{name}.tiff")
+    splits = tmp_path / "splits.csv"
+    other = {"val": "test", "test": "val"}[side]
+    splits.write_text(SPLITS + f"0,t1,p1,,train\n0,t2,p2,,train\n0,held,p3,,{side}\n0,absent,p4,,{other}\n")
+    asked = replace(settings(), tile=SLIDES)
+    with pytest.raises(SplitsError, match="t2 is a training slide and held is held out, and both are the same file"):
+        pretrain(tmp_path / "slides", tmp_path / "run", splits=splits, settings=asked, quiet=True)
+
+
 def test_only_training_slides_of_the_fold_are_seen(tiles: Path, tmp_path: Path, readers) -> None:
     splits = tmp_path / "splits.csv"
     splits.write_text(SPLITS + "0,a,p1,,train\n0,b,p2,,val\n0,c,p3,,test\n1,a,p1,,test\n1,b,p2,,val\n1,c,p3,,train\n")
@@ -299,10 +403,23 @@ def test_a_run_made_to_collapse_stops_and_keeps_what_was_good(tiles: Path, tmp_p
 
 
 def test_asked_only_to_warn_it_goes_on(tiles: Path, tmp_path: Path, readers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsimil.pretraining.health.Alarm.signs", lambda self, step, numbers: ["one", "two"] if step else [])
+    monkeypatch.setattr("wsimil.pretraining.health.Alarm.signs", lambda self, step, numbers: ["one", "two"] if step > 4 else [])
     said: list[str] = []
-    done = pretrain(tiles, tmp_path, settings=settings(collapse="warn"), quiet=True, say=said.append)
-    assert sum("WARNING" in line for line in said) == 2 and "no encoder was kept" in done.remark
+    options = ("panel_every=0.25",)
+    done = pretrain(tiles, tmp_path, settings=settings(collapse="warn", options=options), quiet=True, say=said.append)
+    assert sum("WARNING" in line for line in said) == 2
+    assert done.step == 4 and "the encoder of step 4 is kept" in done.remark
+
+
+@pytest.mark.parametrize(("collapse", "every"), [("warn", 0.5), ("stop", 1.0)])
+def test_a_run_that_never_had_an_encoder_has_not_succeeded(
+    collapse: str, every: float, tiles: Path, tmp_path: Path, readers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsimil.pretraining.health.Alarm.signs", lambda self, step, numbers: ["one", "two"] if step else [])
+    for _ in range(2):  # and not when it is asked again, either
+        with pytest.raises(WsimilError, match=r"no encoder was kept: every panel raised a warning.*What helps: halve --lr"):
+            pretrain(tiles, tmp_path, settings=settings(collapse=collapse, options=(f"panel_every={every}",)), quiet=True)
+    assert not (tmp_path / "finished.json").exists() and not (tmp_path / "encoder.json").exists()
 
 
 # ---------------------------------------------------------------- export

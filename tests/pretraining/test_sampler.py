@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,27 @@ def test_a_slide_too_small_for_a_tile_is_left_out_and_named() -> None:
     assert {sampler.draw(number, attempt).slide for number in range(300) for attempt in (0, 1)} == {1}
     with pytest.raises(UsageError, match="finer --mpp"):
         TileSampler(index_of(index.slides[0]), seed=0, mpp_range=(1, 1), tile_px=224)
+
+
+@pytest.mark.parametrize("mpp_range", [(0.25, 1.0), (0.25, 0.4), (0.5, 0.5), (0.3, 40.0)])
+def test_the_scales_that_are_drawn_are_known_before(mpp_range: tuple[float, float]) -> None:
+    for slides in ([slide("coarse", mpp=0.5)], [slide("coarse", mpp=0.5), slide("mid", mpp=0.4)], RANGES.slides):
+        sampler = TileSampler(index_of(*slides), seed=3, mpp_range=mpp_range, tile_px=224, area_power=0)
+        drawn = [sampler.draw(number).mpp for number in range(2000)]
+        finest, coarsest = sampler.drawn_mpp
+        assert mpp_range[0] <= finest <= coarsest <= mpp_range[1]
+        assert min(drawn) == pytest.approx(finest, rel=0.02) and max(drawn) == pytest.approx(coarsest, rel=0.02)
+
+
+def test_tiles_of_a_mosaic_are_its_cells() -> None:
+    mosaic = replace(SMALL_AND_LARGE, mosaic=True)
+    plain, sampler = (TileSampler(one, seed=2, mpp_range=(0.5, 0.5), tile_px=224) for one in (SMALL_AND_LARGE, mosaic))
+    for number in range(500):
+        draw = sampler.draw(number, number % 3)
+        cell = mosaic.slides[draw.slide].cells_level0_px[draw.cell]
+        assert (draw.x_level0_px, draw.y_level0_px) == tuple(cell)
+        assert (draw.slide, draw.cell) == (plain.draw(number, number % 3).slide, plain.draw(number, number % 3).cell)
+    assert sampler.recipe() == {**plain.recipe(), "whole_cells": True}  # other runs are known by what they were
 
 
 def test_the_recipe_names_whatever_a_draw_depends_on() -> None:

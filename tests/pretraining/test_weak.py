@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wsimil.config import JobConfig, PretrainConfig, Settings, TileConfig
+from wsimil.config import JobConfig, LabelsConfig, PretrainConfig, Settings, TileConfig
 from wsimil.encoders import load_encoder
 from wsimil.errors import EncoderError, LabelsError, UsageError
 from wsimil.extraction.job import Job
@@ -19,6 +19,7 @@ from wsimil.pretraining.feed import TileBatch
 from wsimil.pretraining.index import index_slides, index_tiles
 from wsimil.pretraining.labels import with_labels, with_mosaics
 from wsimil.pretraining.run import pretrain
+from wsimil.settings import read_settings
 
 
 @pytest.fixture
@@ -92,6 +93,42 @@ def test_labels_belong_to_the_method_that_learns_from_them(tiles, tmp_path):
         pretrain(tiles, tmp_path / "run", labels=tmp_path / "labels.csv", settings=Settings(), quiet=True)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (LabelsConfig(target=("age",)), "'age' looks like regression"),
+        (LabelsConfig(target=("facts",)), "'facts' looks like multilabel"),
+        (LabelsConfig(target=("label", "age")), "--target label age"),
+        (LabelsConfig(task="survival", time="age", event="dead"), "--task survival"),
+        *((LabelsConfig(target=("age",), task=task), f"--task {task}") for task in ("regression", "proportion", "multilabel")),
+    ],
+)
+def test_numbers_are_no_classes(tiles, tmp_path, config, said):
+    table = pd.read_csv(tmp_path / "labels.csv")
+    table = table.assign(age=[40.5, 41.25, 50.5, 61.75, 62.5, 70.5], facts=["p;q", "p", "q", "p;q", "r", "q"], dead=[0, 1] * 3)
+    table.to_csv(tmp_path / "more.csv", index=False)
+    asked = PretrainConfig(method="weak", size="toy", device="cpu")
+    settings = Settings(tile=TileConfig(tile_px=32), labels=config, pretrain=asked)
+    with pytest.raises(UsageError, match=said):
+        pretrain(tiles, tmp_path / "run", labels=tmp_path / "more.csv", settings=settings, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_its_config_says_which_column_was_learned(tiles, tmp_path, readers):
+    pd.read_csv(tmp_path / "labels.csv").assign(other=["x", "y", "y", "x", "x", "y"]).to_csv(tmp_path / "two.csv", index=False)
+    config = PretrainConfig(
+        method="weak", size="toy", arch="resnet10t", source="tiles", steps=1, batch_size=4, device="cpu",
+        recipe_options=("panel_tiles=8", "global_px=32", "panel_every=1"),
+    )  # fmt: skip
+    asked = Settings(tile=TileConfig(tile_px=32), job=JobConfig(workers=1), labels=LabelsConfig(target=("other",)), pretrain=config)
+    pretrain(tiles, tmp_path / "run", labels=tmp_path / "two.csv", settings=asked, quiet=True)
+    again = read_settings(("tile", "job", "labels", "pretrain"), tmp_path / "run" / "config.yaml")  # as the command reads it
+    assert again.labels == asked.labels
+    said: list[str] = []
+    pretrain(tiles, tmp_path / "run", labels=tmp_path / "two.csv", settings=again, quiet=True, say=said.append)
+    assert any("already pretrained" in line for line in said)
+
+
 def test_a_mosaic_is_part_of_the_slide_and_made_once(slides, tmp_path, no_processes):
     tile, job = TileConfig(tile_px=64), JobConfig(workers=1)
     index = index_slides(slides, tmp_path / "job", tile=tile, job=job, quiet=True)
@@ -100,6 +137,7 @@ def test_a_mosaic_is_part_of_the_slide_and_made_once(slides, tmp_path, no_proces
     for slide, whole in zip(few.slides, index.slides, strict=True):
         cells = {tuple(cell) for cell in whole.cells_level0_px.tolist()}
         assert {tuple(cell) for cell in slide.cells_level0_px.tolist()} < cells
+        assert few.mosaic and not index.mosaic
         rows = read_mosaic(mosaic_file(Job(tmp_path / "job"), tile, slide.slide_id))
         assert np.array_equal(whole.cells_level0_px[rows], slide.cells_level0_px)
     again = mosaic_slides(slides, tmp_path / "job", most=10, tile=tile, job=job, only={"a", "b"}, quiet=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from math import log
+from math import isfinite, log
 from typing import Any, Literal
 
 __all__ = ["FINGERPRINT_START", "IMAGENET_MEAN", "IMAGENET_STD", "EncoderContract", "Interpolation", "Pooling", "safe_name"]
@@ -67,6 +67,12 @@ class EncoderContract:
         if self.dim < 0 or (self.tile_px is not None and self.tile_px < 1) or min(self.std) <= 0:
             raise ValueError(
                 f"encoder {self.name}: dim {self.dim}, tile_px {self.tile_px}, std {self.std}; expected positive numbers"
+            )
+        if not all(isfinite(value) for value in (*self.mean, *self.std)):
+            raise ValueError(f"encoder {self.name}: mean {self.mean}, std {self.std}; expected finite numbers")
+        if not all(isfinite(mpp) and mpp > 0 for mpp in (*self.trained_mpps, *(() if self.mpp is None else (self.mpp,)))):
+            raise ValueError(
+                f"encoder {self.name}: mpp {self.mpp}, trained_mpps {self.trained_mpps}; expected finite µm/px above 0, or none"
             )
 
     @cached_property

@@ -276,4 +276,16 @@ def _completed(request: Request, network: nn.Module, embedding: Embedding) -> En
             f"encoder {contract.name}: its description says {contract.tile_px} px, the network takes {fixed_px} px only; "
             'put "img_size" in model_args'
         )
+    _check_patches(contract, patches)
     return replace(contract, dim=dim)
+
+
+def _check_patches(contract: EncoderContract, patches: Any) -> None:
+    """Raises EncoderError where a network that takes several sizes takes no input of `tile_px`."""
+    side = (getattr(patches, "patch_size", None) or (None,))[0]
+    loose = not getattr(patches, "strict_img_size", True) and not getattr(patches, "dynamic_img_pad", True)
+    if loose and side and contract.tile_px is not None and contract.tile_px % side:
+        raise EncoderError(
+            f"encoder {contract.name}: its description says {contract.tile_px} px, which is no whole number of the network's "
+            f"patches, {side} px each; a tile_px of {max(1, round(contract.tile_px / side)) * side} would be"
+        )

@@ -145,7 +145,9 @@ def deal_groups(label: np.ndarray, groups: ArrayLike, *, folds: int, seed: int) 
     fold_of = np.zeros(names.size, dtype=np.int64)
     for group in order.tolist():
         behind = had @ (shares[group] > 0)
-        fold = fold_of[group] = min(range(folds), key=lambda k: (had[k, rarest[group]], behind[k], turn[k]))
+        # what a fold has of all classes decides before the turn: classes that share no group would all begin with the same folds
+        fold = min(range(folds), key=lambda k: (had[k, rarest[group]], behind[k], had[k].sum(), turn[k]))
+        fold_of[group] = fold
         had[fold] += shares[group]
     return fold_of[index]
 

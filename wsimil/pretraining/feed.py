@@ -67,6 +67,7 @@ class BoxPixels:
 
     first: int
     shown: np.ndarray  # (n,) float32; -1 where the box could not be read
+    reason: str = ""  # of the first that could not
 
 
 def read_boxes(
@@ -143,7 +144,7 @@ def _fill(reading: Reading, n: int, tile_px: int, walk: TileWalk, stain: SlideSt
         share = [-1.0 if done + row in failures else shown(tile) for row, tile in enumerate(pixels)]
         if stain is not None:
             pixels[:] = stain(pixels)
-        reading.filled(slot, BoxPixels(done, np.array(share, np.float32)))
+        reading.filled(slot, BoxPixels(done, np.array(share, np.float32), next(iter(failures.values()), "")))
         done += len(pixels)
 
 
@@ -298,6 +299,7 @@ class _Work(threading.Thread):
         # slide → the window it is left out from
         self._out = {known[name]: feed.out_from.get(name, -1) for name in feed.quarantined if name in known}
         self._reads, self._unreadable = np.zeros((2, len(self._slides)), np.int64)
+        self._reasons: dict[int, str] = {}  # slide → why its first tile that could not be read could not
         self._to_come = deque(_windows_of(feed.steps))
         self._open: deque[_Window] = deque()
         self._queues: list[deque[Hashable]] = [deque() for _ in range(feed._readers)]  # of jobs, per reader
@@ -465,6 +467,8 @@ class _Work(threading.Thread):
 
     def _pixels(self, job: _Job, content: BoxPixels, memory: np.ndarray) -> None:
         side = self._sampler.tile_px
+        if content.reason:
+            self._reasons.setdefault(job.slide, content.reason)
         tiles = memory[: len(content.shown) * side * side * 3].reshape(-1, side, side, 3)
         for place, (tile, share) in enumerate(zip(tiles, content.shown.tolist(), strict=True), start=content.first):
             draw = job.draws[place]
@@ -493,8 +497,8 @@ class _Work(threading.Thread):
             window.again.append(row)
         elif window.best[row] < 0:
             raise WsimilError(
-                f"tile {draw.number}: none of {MAX_READS} draws could be read, the last one on {slide.slide_id}; "
-                "is the folder still there?"
+                f"tile {draw.number}: none of {MAX_READS} draws could be read, the last one on {slide.slide_id} "
+                f"({' '.join(self._reasons.get(draw.slide, 'no reason given').split())}); is the folder still there?"
             )
         else:
             counts.kept_best += 1
@@ -507,6 +511,7 @@ class _Work(threading.Thread):
         if not self._slides[job.slide].pictures:
             self._leave_out(job.slide, job.window.place, str(error))
         else:  # one picture among others, and nobody says which
+            self._reasons.setdefault(job.slide, str(error))
             for row, draw in zip(job.rows, job.draws, strict=True):
                 self._judge(job.window, row, draw, None, -1.0)
 

@@ -10,11 +10,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from PIL import Image
 
 from wsimil.bags.bag import read_patches
 from wsimil.config import JobConfig, TileConfig
@@ -22,16 +23,18 @@ from wsimil.errors import UsageError, WsimilError
 from wsimil.extraction.job import Job, Row
 from wsimil.extraction.stains import measure_stains, read_stain, stain_file
 from wsimil.extraction.tile import tile_slides
-from wsimil.files import IMAGE_SUFFIXES, hash_of, slide_id_from_path
+from wsimil.files import IMAGE_SUFFIXES, OUTPUT_MARK, hash_of, slide_id_from_path
 from wsimil.slides.cohort import SlideFile, find_slides
 from wsimil.slides.stain import SlideStain, StainNormaliser
 
-__all__ = ["MAX_FAILED", "IndexedSlide", "TileIndex", "failed_of", "index_slides", "index_tiles", "with_stains"]
+__all__ = ["MAX_FAILED", "IndexedSlide", "TileIndex", "failed_of", "files_below", "index_slides", "index_tiles", "with_stains"]
 
 MAX_FAILED = 0.1
 """Largest share of slides that a run can do without."""
 
 _PICTURES = (*IMAGE_SUFFIXES, ".tif", ".tiff")
+_MEASURED = 16
+"""So many pictures of a folder are asked for their size."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class TileIndex:
     slides: tuple[IndexedSlide, ...]
     hash: str
     left_out: tuple[tuple[str, str], ...] = ()  # slide_id, why
+    shrunk: tuple[float, float] = (1.0, 1.0)  # of pictures: shorter side by that of a tile, least and largest; what µm/px grow by
+    mosaic: bool = False  # its cells were chosen one by one: a tile is a whole cell, not a box somewhere in it
 
     @property
     def n_cells(self) -> int:
@@ -170,7 +175,8 @@ def _read_cells(folder: Path, file: SlideFile, row: Row) -> tuple[IndexedSlide, 
 def index_tiles(folder: str | Path, *, tile_px: int, mpp: float, only: Collection[str] | None = None) -> TileIndex:
     """Index a folder of tile pictures; pictures of one folder are a group, in place of a slide.
 
-    Pictures of another size are brought to `tile_px`, the largest square in their middle. A group's name is made as a
+    Pictures of another size are brought to `tile_px`, the largest square in their middle; `shrunk` says by how much, as some of
+    them tell. What wsimil wrote below `folder` is passed over. A group's name is made as a
     slide's id is; pictures that lie in `folder` itself are a group of its name. The hash is of names and file sizes: a million
     pictures are not read for it.
 
@@ -185,15 +191,12 @@ def index_tiles(folder: str | Path, *, tile_px: int, mpp: float, only: Collectio
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder")
     groups: dict[str, list[tuple[str, int]]] = {}
-    for place, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        below = PurePosixPath(Path(place).relative_to(root).as_posix())
+    for place, names in files_below(root):
+        below = PurePosixPath(place.relative_to(root).as_posix())
         name = slide_id_from_path(below) if below.name else root.resolve().name
-        pictures = sorted(name for name in names if not name.startswith(".") and name.lower().endswith(_PICTURES))
+        pictures = sorted(name for name in names if name.lower().endswith(_PICTURES))
         if pictures:
-            groups.setdefault(name, []).extend(
-                (str(below / picture), os.path.getsize(Path(place, picture))) for picture in pictures
-            )
+            groups.setdefault(name, []).extend((str(below / picture), os.path.getsize(place / picture)) for picture in pictures)
     if not groups:
         raise UsageError(f"{root}: no picture in it (looked for {' '.join(_PICTURES)})")
     if only is not None:
@@ -213,7 +216,32 @@ def index_tiles(folder: str | Path, *, tile_px: int, mpp: float, only: Collectio
         )
         for name, pictures in sorted(groups.items())
     )
-    return TileIndex(slides, hash_of({"tile_px": tile_px, "mpp": mpp, "groups": groups}))
+    names = [root / picture for slide in slides for picture in slide.pictures]
+    sides = _shorter_sides(names[:: -(-len(names) // _MEASURED)]) or [tile_px]
+    shrunk = min(sides) / tile_px, max(sides) / tile_px
+    return TileIndex(slides, hash_of({"tile_px": tile_px, "mpp": mpp, "groups": groups}), shrunk=shrunk)
+
+
+def files_below(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Folders, and the names of their files; what is hidden, and folders that wsimil wrote, are passed over."""
+    for place, subfolders, names in os.walk(root, followlinks=True):
+        if OUTPUT_MARK in names and Path(place) != root:
+            subfolders.clear()
+            continue
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield Path(place), [name for name in names if not name.startswith(".")]
+
+
+def _shorter_sides(pictures: list[Path]) -> list[int]:
+    """Of the pictures that say their size; no pixel is read."""
+    sides = []
+    for picture in pictures:
+        try:
+            with Image.open(picture) as image:
+                sides.append(min(image.size))
+        except (OSError, Image.DecompressionBombError):
+            continue  # whoever reads it says why it cannot be read
+    return sides
 
 
 def _some(names: list[str]) -> str:

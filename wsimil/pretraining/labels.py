@@ -97,4 +97,5 @@ def with_mosaics(
             chosen = read_mosaic(mosaic_file(Job(Path(out)), tile, slide.slide_id))
             kept.append(replace(slide, cells_level0_px=slide.cells_level0_px[chosen]))
     cells = [[slide.slide_id, hash_of(slide.cells_level0_px.tolist())] for slide in kept]
-    return replace(index, slides=tuple(kept), hash=hash_of([index.hash, cells]), left_out=(*index.left_out, *lost.items()))
+    left_out = (*index.left_out, *lost.items())
+    return replace(index, slides=tuple(kept), hash=hash_of([index.hash, cells]), left_out=left_out, mosaic=True)

@@ -115,7 +115,7 @@ def network_of(recipe: Recipe, *, seed: int) -> TrainableViT | TrainableCNN:
 
 
 def check_sizes(recipe: Recipe, model: TrainableViT | TrainableCNN) -> None:
-    """Raises UsageError where a view is no whole number of the network's patches wide."""
+    """Raises UsageError where a view is no whole number of the network's patches wide, or one patch of which some are hidden."""
     if not isinstance(model, TrainableViT):
         return
     patch_px = model.patch_px
@@ -128,6 +128,11 @@ def check_sizes(recipe: Recipe, model: TrainableViT | TrainableCNN) -> None:
                 f"views of {px} px are no whole number of patches of {model.architecture}, {patch_px} px each; say "
                 f"--recipe-options {name}={fits}"
             )
+    if recipe.method == "mae" and recipe.global_px <= patch_px:
+        raise UsageError(
+            f"views of {recipe.global_px} px are one patch of {model.architecture}: nothing of it can be hidden; say "
+            f"--recipe-options global_px={2 * patch_px} or more, or a smaller patch_px"
+        )
 
 
 def normalised(recipe: Recipe, model: TrainableViT | TrainableCNN) -> Recipe:

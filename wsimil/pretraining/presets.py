@@ -26,9 +26,10 @@ __all__ = ["Recipe", "differences", "preset", "resolve_recipe"]
 
 _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("at least 1", lambda x: x >= 1, (
-        "batch_size", "prototypes", "bottleneck", "hidden", "decoder_dim", "global_px", "global_views", "local_px", "panel_tiles",
+        "batch_size", "bottleneck", "hidden", "decoder_dim", "global_px", "global_views", "local_px", "panel_tiles",
         "lr_batch", "tiles",
     )),
+    ("at least 2", lambda x: x >= 2, ("prototypes",)),
     ("0 or more", lambda x: x >= 0, (
         "depth", "patch_px", "local_views", "stain_sigma", "spread_weight", "decoder_blocks", "skip_std", "lr_power", "lr",
         "min_lr", "weight_decay", "clip_norm", "steps", "epochs", "tiles_per_slide", "area_power", "distinct",

@@ -68,7 +68,13 @@ class Plan:
 
     @property
     def scales(self) -> tuple[float, float]:
+        """Finest and coarsest µm/px asked for."""
         return self.config.scales(self.tile.mpp)
+
+    @property
+    def drawn_scales(self) -> tuple[float, float]:
+        """Those that the slides have of them."""
+        return self.sampler().drawn_mpp
 
     @property
     def part_size(self) -> int:
@@ -250,7 +256,8 @@ class _Process:
                 record = loop.advance([next(batches) for _ in range(parts)], to_views)
                 self._records.append((record, dict(getattr(loop.objective, "monitor", {}))))
                 bar.update(1)
-                if loop.step - self._log_step >= min(_LOG_EVERY, max(1, total // 50)) or loop.step == total:
+                # by the number of the step, so that a run which goes on has the lines of one that never stopped
+                if loop.step % min(_LOG_EVERY, max(1, total // 50)) == 0 or loop.step == total:
                     self._write_log(bar)
                 if self._stop_now():
                     self._save()
@@ -398,7 +405,7 @@ class _Process:
             "health": {name: round(value, 5) for name, value in numbers.items()},
             "recipe": {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(recipe).items()},
         }
-        scales = seen_scales(recipe, plan.tile, plan.scales)
+        scales = seen_scales(recipe, plan.tile, plan.drawn_scales)
         export_encoder(folder, loop.kept_model(), recipe, name=plan.name, scales=scales, how_trained=how, panel=self.panel)
 
     # ---------------------------------------------------------------- checkpoint
@@ -416,6 +423,7 @@ class _Process:
             "panel_step": self.panel_step,
             "exported_step": self.exported_step,
             "numbers": self.numbers,
+            "records": [_saved(record, monitor) for record, monitor in self._records],
             "seconds": self._seconds + self._saved - self._began,
             "quarantined": dict(self.feed.quarantined),
             "out_from": dict(self.feed.out_from),
@@ -435,6 +443,8 @@ class _Process:
         self.panel_step, self.exported_step = content["panel_step"], content["exported_step"]
         self.numbers, self._seconds = content["numbers"], content["seconds"]
         self.quarantined, self.out_from = content["quarantined"], content.get("out_from", {})
+        # of the first process only: with several, a line that a stop fell into is a mean over the tiles of that one
+        self._records = [_restored(saved, self.fabric.device) for saved in content.get("records", [])]
         self.say(f"going on at step {self.loop.step} of {self.recipe.steps}")
         devices = content.get("devices", self.fabric.world_size)
         if devices != self.fabric.world_size and self.recipe.method == "dino" and self.recipe.spread != "none":
@@ -442,6 +452,27 @@ class _Process:
                 f"begun on {devices} devices, going on with {self.fabric.world_size}: each spreads the features of its own tiles, "
                 "so the weights will not be those of a run on one number of devices"
             )
+
+
+def _saved(record: Record, monitor: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """A step that no line of the log has yet, as a checkpoint holds it."""
+    return {
+        "step": record.step,
+        "losses": _moved(record.losses, "cpu"),
+        "sums": _moved({"loss": record.loss, "grad_norm": record.grad_norm}, "cpu"),
+        "lr": record.lr,
+        "weight_decay": record.weight_decay,
+        "monitor": _moved(monitor, "cpu"),
+    }
+
+
+def _restored(saved: Mapping[str, Any], device: Any) -> tuple[Record, dict[str, torch.Tensor]]:
+    losses, sums, monitor = (_moved(saved[name], device) for name in ("losses", "sums", "monitor"))
+    return Record(saved["step"], losses, sums["loss"], sums["grad_norm"], saved["lr"], saved["weight_decay"]), monitor
+
+
+def _moved(values: Mapping[str, torch.Tensor], device: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().to(device) for name, value in values.items()}
 
 
 def _pictured(folder: Path) -> list[tuple[str, Path]]:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from wsimil.bags.labels import match_slides, read_labels
+from wsimil.bags.labels import infer_task, match_slides, read_labels
 from wsimil.bags.splits import read_splits, splits_hash
 from wsimil.config import PretrainConfig, Settings, TileConfig
 from wsimil.encoders.contract import FINGERPRINT_START, EncoderContract
@@ -37,7 +37,7 @@ from wsimil.extraction.pool import reader_count
 from wsimil.files import IMAGE_SUFFIXES, atomic_path, hash_of, mark_output, read_json, write_json
 from wsimil.pretraining.feed import TileFeed
 from wsimil.pretraining.health import CURES
-from wsimil.pretraining.index import TileIndex, index_slides, index_tiles, with_stains
+from wsimil.pretraining.index import IndexedSlide, TileIndex, files_below, index_slides, index_tiles, with_stains
 from wsimil.pretraining.labels import with_labels, with_mosaics
 from wsimil.pretraining.methods import METHODS, check_sizes, network_of, normalised, view_recipe
 from wsimil.pretraining.pictures import view_sheet
@@ -50,7 +50,8 @@ from wsimil.table import Table
 
 __all__ = ["Forecast", "Pretrained", "pretrain"]
 
-_SECTIONS = ["tile", "pretrain"]
+_SECTIONS = ("tile", "pretrain")
+_CLASSIFYING = ("binary", "multiclass", "ordinal")
 _TILE_SLACK = 1.5
 _LOOKED_AT = 16
 _TIMED_S = 15.0
@@ -131,6 +132,8 @@ def pretrain(
     settings, out = settings or Settings(), Path(out)
     config, tile, job = settings.pretrain, settings.tile, settings.job
     device = _device(config)
+    if config.seed >= 2**63:
+        raise UsageError(f"--seed {config.seed} is too large a number; expected less than 2^63")
     if not Path(slides).exists():
         raise UsageError(f"{slides}: no such folder, slide or table")
     from_tiles = _holds_tiles(Path(slides), config, tile, say)
@@ -149,6 +152,7 @@ def pretrain(
     mark_output(out)
     if from_tiles:
         index = index_tiles(slides, tile_px=tile.tile_px, mpp=tile.mpp, only=only)
+        _remark_on_sizes(index, tile, say)
     else:
         index = index_slides(slides, out / "index", tile=tile, job=job, only=only, quiet=quiet, say=say)
         if normaliser is not None:
@@ -167,9 +171,6 @@ def pretrain(
         **split,
         "init_sha256": start.sha256 if start is not None else "",
         "transductive": config.transductive or (start is not None and start.transductive),
-        "n_slides": len(index.slides),
-        "slides": _slides_by_content(index, start.seen if start is not None else ()),
-        "mpp": list(config.scales(tile.mpp)),
         "tile_px": tile.tile_px,
         "stain": "" if from_tiles else config.stain,
         "versions": {name: version(name) for name in ("wsimil", "torch", "timm")},
@@ -177,6 +178,7 @@ def pretrain(
     if classes is not None:
         facts["classes"] = list(classes.classes)
     plan = Plan(out, out.resolve().name, recipe, replace(config, device=device), tile, job, index, facts, quiet, classes)
+    plan = replace(plan, facts={**facts, **_drawn_from(plan, start.seen if start is not None else (), say)})
     say(_describe(plan))
     _remark_on_cache(plan, say)
     if dry_run:
@@ -187,7 +189,8 @@ def pretrain(
     if kept is not None:
         say(f"{out}: already pretrained ({kept.recipe.steps} steps)")
         return kept
-    save_settings(out / "config.yaml", replace(settings, pretrain=_resolved(plan)), _SECTIONS)
+    sections = (*_SECTIONS, "labels") if diagnoses is not None else _SECTIONS
+    save_settings(out / "config.yaml", replace(settings, pretrain=_resolved(plan)), sections)
     outcome = _launch(plan, say)
     return _ended(plan, outcome, say)
 
@@ -224,7 +227,18 @@ def _diagnoses(labels: str | Path | None, settings: Settings) -> Table | None:
         return None
     if labels is None:
         raise UsageError(f"--method {method} learns from slide labels; pass --labels")
-    return read_labels(labels, settings.labels)
+    asked = settings.labels
+    if asked.task not in ("auto", *_CLASSIFYING) or len(asked.target) > 1:
+        what = f"--task {asked.task}" if len(asked.target) == 1 else f"--target {' '.join(asked.target)}"
+        raise UsageError(f"{what}: --method {method} learns classes, one per slide; name one column of classes")
+    table = read_labels(labels, asked)
+    task = infer_task(table["label"], asked).kind
+    if task not in _CLASSIFYING:
+        raise UsageError(
+            f"{labels}: column {' '.join(asked.target)!r} looks like {task}, and --method {method} learns classes, one per slide; "
+            "name another column (--target), or say --task multiclass if its values are classes"
+        )
+    return table
 
 
 def _precision(recipe: Recipe, config: PretrainConfig, device: str, say: Callable[[str], None]) -> Any:
@@ -247,21 +261,15 @@ def _holds_tiles(slides: Path, config: PretrainConfig, tile: TileConfig, say: Ca
         return config.source == "tiles"
     if not slides.is_dir():
         return False
-    files = (path for path in slides.rglob("*") if path.is_file() and not path.name.startswith("."))
     looked_at: list[tuple[int, int]] = []
-    for path in files:
+    for path in (place / name for place, names in files_below(slides) for name in names):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             if path.suffix.lower() in (".csv", ".json", ".txt", ".md", ".yaml"):
                 continue
             return False
-        if len(looked_at) < _LOOKED_AT:
-            try:
-                with Image.open(path) as image:
-                    looked_at.append(image.size)
-            except OSError:
-                continue
-        elif len(looked_at) >= _LOOKED_AT:
-            break  # a folder of millions is not walked through twice
+        if len(looked_at) < _LOOKED_AT and path.is_file():  # of millions only the names are looked at
+            with contextlib.suppress(OSError), Image.open(path) as image:
+                looked_at.append(image.size)
     if not looked_at or max(max(size) for size in looked_at) > _TILE_SLACK * tile.tile_px:
         return False
     say("SLIDES holds tile images (--source slides if each of them is a small slide)")
@@ -322,7 +330,29 @@ def _training_ids(
         say(f"fold {fold}: {len(absent['train'])} training slides of the splits are not in {slides}")
     held_out: dict[str, SlideFile | None] = {name: None for side in ("val", "test") for name in absent[side]}
     held_out |= {name: known[name] for side in ("val", "test") for name in by_side[side]}
+    _check_copies({name: known[name] for name in by_side["train"]}, held_out, splits)
     return sorted(set(by_side["train"])), held_out, {**said, "fold": fold}
+
+
+def _check_copies(training: Mapping[str, SlideFile | None], held_out: Mapping[str, SlideFile | None], splits: str | Path) -> None:
+    """Raises SplitsError if a training slide is the copy of one that is held out; only files of one size are compared."""
+    shared = {_size(file) for file in training.values()} & {_size(file) for file in held_out.values()} - {-1}
+    known = {_content(file): name for name, file in held_out.items() if _size(file) in shared}
+    known.pop("", None)  # cannot be read
+    for name, file in training.items():
+        if _size(file) in shared and (other := known.get(_content(file))):
+            raise SplitsError(
+                f"{splits}: {name} is a training slide and {other} is held out, and both are the same file; "
+                "put them on one side, or remove one of them"
+            )
+
+
+def _size(file: SlideFile | None) -> int:
+    """Bytes; -1 where there is no such file."""
+    try:
+        return -1 if file is None else file.here.stat().st_size
+    except OSError:
+        return -1
 
 
 def _check_start(start: EncoderContract, held_out: Mapping[str, SlideFile | None], only: Sequence[str] | None) -> None:
@@ -346,12 +376,26 @@ def _content(file: SlideFile | None) -> str:
         return ""
 
 
-def _slides_by_content(index: TileIndex, before: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
+def _drawn_from(plan: Plan, before: Sequence[tuple[str, str]], say: Callable[[str], None]) -> dict[str, Any]:
+    """What an encoder says of the slides that tiles are drawn from; those too small for one are said, and are not among them."""
+    sampler = plan.sampler()
+    small = sampler.left_out
+    if small:
+        some = ", ".join(small[:5]) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
+        say(
+            f"{len(small)} of {len(plan.index.slides)} slides left out: smaller than a tile of {plan.tile.tile_px} px at "
+            f"{plan.scales[0]:g} µm/px: {some}"
+        )
+    slides = [slide for slide in plan.index.slides if slide.slide_id not in set(small)]
+    return {"n_slides": len(slides), "slides": _slides_by_content(slides, before), "mpp": list(sampler.drawn_mpp)}
+
+
+def _slides_by_content(slides: Sequence[IndexedSlide], before: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
     """slide_id → what the file is known by, for slides; a folder of tiles is known by its name alone.
 
     `before` are the slides that the weights had seen already. One of an id that is another slide's here has `earlier/` before it.
     """
-    seen = {slide.slide_id: "" if slide.pictures else slide.file.fingerprint()[:FINGERPRINT_START] for slide in index.slides}
+    seen = {slide.slide_id: "" if slide.pictures else slide.file.fingerprint()[:FINGERPRINT_START] for slide in slides}
     for slide_id, content in before:
         name = slide_id
         while seen.get(name, content) != content:
@@ -371,6 +415,15 @@ def _describe(plan: Plan) -> str:
         f"learning rate {recipe.lr:.2g}, {plan.config.device} {recipe.precision}"
         + (f", colours by {plan.config.stain}" if plan.config.stain != "none" else "")
     )
+
+
+def _remark_on_sizes(index: TileIndex, tile: TileConfig, say: Callable[[str], None]) -> None:
+    if index.shrunk != (1.0, 1.0):
+        px, mpp = ([f"{of_one * share:.4g}" for share in dict.fromkeys(index.shrunk)] for of_one in (tile.tile_px, tile.mpp))
+        say(
+            f"tile images of {' to '.join(px)} px are made {tile.tile_px} px wide, which makes them {' to '.join(mpp)} µm/px "
+            "(--tile-px says how wide they are, --mpp at which µm/px they were cut)"
+        )
 
 
 def _remark_on_cache(plan: Plan, say: Callable[[str], None]) -> None:
@@ -425,7 +478,7 @@ def _rehearsed(plan: Plan) -> Forecast:
     return Forecast(
         slides=len(plan.index.slides),
         cells=plan.index.n_cells,
-        mpp=plan.scales,
+        mpp=plan.drawn_scales,
         steps=recipe.steps,
         tiles=recipe.steps * recipe.batch_size,
         read_tiles_per_s=read.tiles_per_s,
@@ -584,6 +637,11 @@ def _ended(plan: Plan, outcome: Outcome, say: Callable[[str], None]) -> Pretrain
         raise WsimilError(
             f"collapsed by step {outcome.step} of {steps}: {outcome.message}; {kept}. What helps: {'; '.join(CURES)}. "
             "Take another --out for the next try"
+        )
+    if not outcome.exported_step:
+        raise WsimilError(
+            f"{out}: no encoder was kept: every panel raised a warning (see {out / 'health.html'}). "
+            f"What helps: {'; '.join(CURES)}. Take another --out for the next try"
         )
     say(outcome.message)
     remark = "" if outcome.exported_step == outcome.step else f"the last panel raised a warning: {kept}"

@@ -5,8 +5,8 @@
   slide come round in turn; the order of both is a shuffle that is computed, not kept (a Feistel network with cycle walking).
 - Random numbers are counted, too: SplitMix64 of seed, number, attempt and place. Integers only, so no library can change them.
 - A slide's share grows with its tissue to the power `area_power`: 0 gives all slides the same, 1 all tissue.
-- A tile's centre lies anywhere in its cell, its µm/px anywhere in the range (on a logarithmic scale), never finer than the
-  slide itself and never so coarse that the box would leave the slide.
+- A tile's centre lies anywhere in its cell (of a mosaic: in its middle), its µm/px anywhere in the range (on a
+  logarithmic scale), never finer than the slide itself and never so coarse that the box would leave the slide.
 - Tiles that turn out to be of no use are replaced by the next attempt of the same number, on any slide.
 """
 
@@ -62,6 +62,8 @@ class TileSampler:
 
     Attributes:
         epoch: draws in an epoch.
+        drawn_mpp: finest and coarsest µm/px that the network is really shown: of the slides that fit, and of pictures as they are
+            once they are `tile_px` wide.
         left_out: ids of slides too small for a tile of the finest µm/px asked for.
 
     Raises:
@@ -90,10 +92,14 @@ class TileSampler:
         self.left_out = tuple(slide.slide_id for slide, fit in zip(index.slides, fits, strict=True) if not fit)
         if not fits.any():
             raise UsageError(f"no slide is as large as one tile of {tile_px} px at {low:g} µm/px; ask for a finer --mpp")
+        ranges = [bounds for bounds in self._ranges if bounds is not None]
+        shrunk = index.shrunk  # only pictures are
+        self.drawn_mpp = min(finest for finest, _ in ranges) * shrunk[0], max(coarsest for _, coarsest in ranges) * shrunk[1]
         areas = np.array([slide.area for slide in index.slides])
         shares = fits * (areas**area_power if per_slide_per_epoch == 0 else np.ones_like(areas))
         self._ends = [0.0, *(shares.cumsum() / shares.cumsum()[-1]).tolist()]  # (n + 1,), the last ones exactly 1
-        whole = (per_slide_per_epoch > 0 and low == high) or all(slide.pictures for slide in index.slides)
+        self._in_middle = per_slide_per_epoch > 0 or index.mosaic
+        whole = (self._in_middle and low == high) or all(slide.pictures for slide in index.slides)
         counts = [len(slide.cells_level0_px) for slide in index.slides]
         self._first_cells = np.append(0, np.cumsum(counts)).tolist() if whole else None
         self.epoch = int(fits.sum()) * per_slide_per_epoch or int(np.array(counts)[fits].sum())
@@ -110,6 +116,7 @@ class TileSampler:
             "per_slide_per_epoch": self.per_slide_per_epoch,
             "distinct": self.distinct,
             "version": _VERSION,
+            **({"whole_cells": True} if self.index.mosaic else {}),  # said only here: other runs are known by what they were
         }
 
     def source(self, number: int) -> int:
@@ -144,7 +151,7 @@ class TileSampler:
         low, high = bounds
         mpp = _snapped(there, low * (high / low) ** scale, self.tile_px)
         side = self.tile_px * mpp / there.mpp
-        if self.per_slide_per_epoch:
+        if self._in_middle:
             across = down = 0.5
         left, top = there.cells_level0_px[cell].tolist()
         x = _placed(left + there.cell_level0_px * across - side / 2, side, there.width)
