@@ -15,7 +15,9 @@ from wsimil.encoders import load_encoder
 from wsimil.errors import EncoderError, LabelsError, UsageError
 from wsimil.extraction.job import Job
 from wsimil.extraction.mosaic import mosaic_file, mosaic_slides, read_mosaic
+from wsimil.files import read_json
 from wsimil.pretraining.feed import TileBatch
+from wsimil.pretraining.health import Alarm
 from wsimil.pretraining.index import index_slides, index_tiles
 from wsimil.pretraining.labels import with_labels, with_mosaics
 from wsimil.pretraining.run import pretrain
@@ -83,6 +85,18 @@ def test_an_encoder_without_classifier_comes_of_it(tiles, tmp_path, readers):
     relabelled.to_csv(tmp_path / "other.csv", index=False)
     with pytest.raises(UsageError, match="labels"):  # other labels are another run
         pretrain(tiles, tmp_path / "run", labels=tmp_path / "other.csv", settings=settings, quiet=True)
+
+
+def test_an_encoder_of_few_directions_is_kept_as_classes_need_no_more(tiles, tmp_path, readers, monkeypatch):
+    monkeypatch.setattr(Alarm, "judge", lambda self, step, numbers: ["the features have lost their spread"])
+    config = PretrainConfig(
+        method="weak", size="toy", arch="resnet10t", source="tiles", steps=2, batch_size=4, device="cpu",
+        recipe_options=("panel_tiles=8", "global_px=32", "panel_every=1"),
+    )  # fmt: skip
+    settings = Settings(tile=TileConfig(tile_px=32), job=JobConfig(workers=1), pretrain=config)
+    pretrain(tiles, tmp_path / "run", labels=tmp_path / "labels.csv", settings=settings, quiet=True)
+    assert load_encoder(str(tmp_path / "run")).contract.dim == 512
+    assert read_json(tmp_path / "run" / "finished.json")["exported_step"] == 2
 
 
 def test_labels_belong_to_the_method_that_learns_from_them(tiles, tmp_path):

@@ -384,7 +384,7 @@ class _Process:
             self.say(
                 f"step {loop.step}: {word}: {'; '.join(signs)} (see {plan.out / 'health.html'}). What helps: {'; '.join(CURES)}"
             )
-        elif loop.step:
+        if loop.step and (not signs or self.method.labelled):  # few directions are enough to tell classes apart
             self._export(plan.out, numbers)
             self.exported_step = loop.step
             if self.recipe.marks:
