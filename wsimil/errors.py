@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "AggregatorInputError",
     "BagFormatError",
@@ -25,7 +27,13 @@ __all__ = [
     "StaleBagError",
     "UsageError",
     "WsimilError",
+    "some_of",
 ]
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first five, and how many more there are: a message stays a line."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 class WsimilError(Exception):

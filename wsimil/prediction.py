@@ -27,7 +27,7 @@ from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import COLUMNS, read_splits, splits_hash
 from wsimil.batch import BagBatch, BagOutput, pack
 from wsimil.config import FilterConfig, PredictConfig, Settings
-from wsimil.errors import EncoderMismatchError, LabelsError, UsageError, WsimilError
+from wsimil.errors import EncoderMismatchError, LabelsError, UsageError, WsimilError, some_of
 from wsimil.evaluation.table import ENSEMBLE, SEEN
 from wsimil.extraction.extract import resolve_device
 from wsimil.extraction.job import Row, slides_of_job
@@ -132,8 +132,10 @@ def _without_bag(bags: BagFolder, run: _Run, statuses: dict[str, Row], say: Call
     if not absent or not any(name in bags.headers for name, _ in tested):  # bags of another cohort
         return []
     names = sorted({name for name, _ in absent})
-    some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    say(f"{len(names)} test slides of the model have no bag in {bags.folder}, so they are not predicted (status failed): {some}")
+    say(
+        f"{len(names)} test slides of the model have no bag in {bags.folder}, so they are not predicted "
+        f"(status failed): {some_of(names)}"
+    )
     return [run.describe([name], statuses) | _side_of(str(fold)) | {"status": "failed"} for name, fold in absent]
 
 

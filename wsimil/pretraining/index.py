@@ -19,7 +19,7 @@ from PIL import Image
 
 from wsimil.bags.bag import read_patches
 from wsimil.config import JobConfig, TileConfig
-from wsimil.errors import UsageError, WsimilError
+from wsimil.errors import UsageError, WsimilError, some_of
 from wsimil.extraction.job import Job, Row
 from wsimil.extraction.stains import measure_stains, read_stain, stain_file
 from wsimil.extraction.tile import tile_slides
@@ -99,12 +99,12 @@ def index_slides(
     tile, job = tile or TileConfig(), replace(job or JobConfig(), shard=None)
     files = {file.slide_id: file for file in find_slides(slides)}
     if only is not None and (absent := sorted(set(only) - files.keys())):
-        raise UsageError(f"{slides}: {len(absent)} slides of the split are not there: {_some(absent)}")
+        raise UsageError(f"{slides}: {len(absent)} slides of the split are not there: {some_of(absent)}")
     rows = tile_slides(slides, out, config=tile, job=job, only=only, quiet=quiet)
     failed_of(rows, "failed")
     left_out = tuple((row.slide_id, row.reason) for row in rows if row.n_tiles == 0)
     if left_out:
-        say(f"{len(left_out)} of {len(rows)} slides left out: {_some([f'{name} ({reason})' for name, reason in left_out])}")
+        say(f"{len(left_out)} of {len(rows)} slides left out: {some_of([f'{name} ({reason})' for name, reason in left_out])}")
     folder = Job(Path(out)).geometry_folder(tile.mpp, tile.tile_px, tile.overlap_px) / "patches"
     found = [_read_cells(folder, files[row.slide_id], row) for row in rows if row.n_tiles > 0]
     if not found:
@@ -120,7 +120,7 @@ def failed_of(rows: list[Row], what: str) -> dict[str, str]:
     """
     failed = {row.slide_id: row.reason for row in rows if row.status == "failed"}
     if len(failed) > MAX_FAILED * len(rows):
-        some = _some([f"{name} ({reason})" for name, reason in failed.items()])
+        some = some_of([f"{name} ({reason})" for name, reason in failed.items()])
         raise WsimilError(
             f"{len(failed)} of {len(rows)} slides {what}, more than a tenth: {some}; mend them or leave them out of the slide table"
         )
@@ -147,7 +147,8 @@ def with_stains(
     rows = measure_stains(slides, out, normaliser, tile=tile, job=replace(job, shard=None), only=ids, quiet=quiet)
     lost = failed_of(rows, "have a stain that cannot be estimated")
     if lost:
-        say(f"stain: {len(lost)} of {len(rows)} slides left out: {_some([f'{name} ({reason})' for name, reason in lost.items()])}")
+        some = some_of([f"{name} ({reason})" for name, reason in lost.items()])
+        say(f"stain: {len(lost)} of {len(rows)} slides left out: {some}")
     kept = tuple(
         replace(slide, stain=read_stain(stain_file(Job(Path(out)), tile, slide.slide_id), normaliser))
         for slide in index.slides
@@ -201,7 +202,7 @@ def index_tiles(folder: str | Path, *, tile_px: int, mpp: float, only: Collectio
         raise UsageError(f"{root}: no picture in it (looked for {' '.join(_PICTURES)})")
     if only is not None:
         if absent := sorted(set(only) - groups.keys()):
-            raise UsageError(f"{root}: {len(absent)} groups of the split are not there: {_some(absent)}")
+            raise UsageError(f"{root}: {len(absent)} groups of the split are not there: {some_of(absent)}")
         groups = {name: pictures for name, pictures in groups.items() if name in only}
     slides = tuple(
         IndexedSlide(
@@ -242,7 +243,3 @@ def _shorter_sides(pictures: list[Path]) -> list[int]:
         except (OSError, Image.DecompressionBombError):
             continue  # whoever reads it says why it cannot be read
     return sides
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

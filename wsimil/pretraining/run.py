@@ -31,7 +31,7 @@ from wsimil.bags.labels import infer_task, match_slides, read_labels
 from wsimil.bags.splits import read_splits, splits_hash
 from wsimil.config import PretrainConfig, Settings, TileConfig
 from wsimil.encoders.contract import FINGERPRINT_START, EncoderContract
-from wsimil.errors import LabelsError, SplitsError, UsageError, WsimilError
+from wsimil.errors import LabelsError, SplitsError, UsageError, WsimilError, some_of
 from wsimil.extraction.extract import resolve_device
 from wsimil.extraction.pool import reader_count
 from wsimil.files import IMAGE_SUFFIXES, atomic_path, hash_of, mark_output, read_json, write_json
@@ -381,10 +381,9 @@ def _drawn_from(plan: Plan, before: Sequence[tuple[str, str]], say: Callable[[st
     sampler = plan.sampler()
     small = sampler.left_out
     if small:
-        some = ", ".join(small[:5]) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
         say(
             f"{len(small)} of {len(plan.index.slides)} slides left out: smaller than a tile of {plan.tile.tile_px} px at "
-            f"{plan.scales[0]:g} µm/px: {some}"
+            f"{plan.scales[0]:g} µm/px: {some_of(small)}"
         )
     slides = [slide for slide in plan.index.slides if slide.slide_id not in set(small)]
     return {"n_slides": len(slides), "slides": _slides_by_content(slides, before), "mpp": list(sampler.drawn_mpp)}

@@ -25,7 +25,7 @@ from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import splits_hash, write_splits
 from wsimil.batch import Aggregator
 from wsimil.config import Settings, TrainConfig
-from wsimil.errors import LabelsError, SplitsError, UsageError
+from wsimil.errors import LabelsError, SplitsError, UsageError, some_of
 from wsimil.evaluation.calibration import calibrate
 from wsimil.extraction.extract import resolve_device
 from wsimil.files import atomic_path, hash_of, read_json, write_json
@@ -79,7 +79,7 @@ def train(
     cohort = prepare_cohort(bag_folder, labels, splits=splits, labels_config=settings.labels, split_config=settings.split)
     say(cohort.task.describe(cohort.labels["label"].tolist()))
     if cohort.unlabelled:
-        say(f"{_some(cohort.unlabelled)}: in the splits without a label; nothing is learned from them")
+        say(f"{some_of(cohort.unlabelled)}: in the splits without a label; nothing is learned from them")
     if settings.filter != NO_FILTER:
         say(_describe_filter(bag_folder))
     folds = sorted(cohort.splits["fold"].unique().tolist())
@@ -145,12 +145,8 @@ def _not_planned(out: Path, plans: list[_Plan], cohort: Cohort) -> Iterator[str]
 def _describe_filter(bags: BagFolder) -> str:
     kept, stored = sum(map(bags.n_valid, bags.slide_ids)), sum(header.n_tiles for header in bags.headers.values())
     bare = [slide_id for slide_id in bags.slide_ids if bags.headers[slide_id].n_tiles and not bags.n_valid(slide_id)]
-    left = f"; none of {_some(bare)}" if bare else ""
+    left = f"; none of {some_of(bare)}" if bare else ""
     return f"filter: {kept} of {stored} tiles are kept{left}"
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
 
 
 @dataclass(frozen=True)
