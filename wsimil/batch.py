@@ -151,8 +151,8 @@ class Aggregator(nn.Module):
         n_outputs: C.
         needs_coords: whether `coords_um` must be there.
         contribution_kind: how `contributions` come about: "exact", "leave-one-out" or "gradient"; None where there are none.
-        first_layer: name of the one `nn.Linear` that reads the features, if there is one, and widens them itself: a shift and
-            scale of the features can then be folded into its weights.
+        first_layer: name of the one `FirstLayer` that reads the features, if there is one: a shift and scale of the features can
+            then be folded into it.
     """
 
     dim: int

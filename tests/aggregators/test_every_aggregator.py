@@ -225,6 +225,23 @@ def test_half_precision_stays_close_on_a_large_bag(name):
 
 
 @every_aggregator
+def test_half_precision_keeps_what_lies_far_from_zero(name):
+    plain = make_batch(40, 3).to("cpu", torch.float32)
+    features = (plain.features + 50).half()  # steps of 1/32: in bfloat16 they would be of 1/4
+    stored = replace(plain, features=features)
+    deviation = features.float().std(0)
+    deviation[0] = torch.inf  # never varied in training
+    model = Standardized(make(name).float(), torch.full_like(deviation, 50.0), deviation).eval()
+    with torch.no_grad():
+        exact = model(stored).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(stored).logits.float()
+        wide = model(replace(stored, features=features.float())).logits
+    assert torch.equal(stored.features, features) and torch.equal(wide, exact)
+    torch.testing.assert_close(half, exact, rtol=0.03, atol=0.03)
+
+
+@every_aggregator
 def test_every_parameter_learns(name):
     model = make(name).train()
     output = model(make_batch(*SIZES))

@@ -244,9 +244,11 @@ def test_a_copy_for_another_process_holds_no_bags(folder):
 def test_every_kind_of_float_is_loaded(folder, dtype):
     bag = make_bag("e", 6, invalid=1)
     write(folder, replace(bag, features=bag.features.astype(dtype)))
-    features = BagFolder(folder).load("e").features
-    assert features.dtype == torch.float32
-    np.testing.assert_array_equal(features.numpy(), bag.features[1:].astype(np.float32))
+    expected = bag.features[1:].astype(np.float32)
+    for half in (False, True):
+        features = BagFolder(folder).load("e", half=half).features
+        assert features.dtype == (torch.float16 if half and dtype == np.float16 else torch.float32)
+        np.testing.assert_array_equal(features.float().numpy(), expected)
 
 
 def test_rows_read_from_the_header_are_those_that_load_gives(folder):
@@ -257,14 +259,15 @@ def test_rows_read_from_the_header_are_those_that_load_gives(folder):
     np.testing.assert_array_equal(out.astype(np.float32), bags.load("b").features.numpy())
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_a_model_that_writes_into_its_batch_does_not_reach_the_cache(folder, dtype):
+def test_a_model_that_writes_into_its_batch_does_not_reach_the_cache(folder, dtype, half):
     bag = make_bag("e", 4)
     write(folder, replace(bag, features=bag.features.astype(dtype)))
     bags = BagFolder(folder)
-    before = bags.load("e").features.clone()
-    bags.load("e").features.zero_()
-    assert torch.equal(bags.load("e").features, before)
+    before = bags.load("e", half=half).features.clone()
+    bags.load("e", half=half).features.zero_()
+    assert torch.equal(bags.load("e", half=half).features, before)
 
 
 def test_features_that_are_no_numbers_are_named(folder):
@@ -289,20 +292,22 @@ def test_tiles_that_are_no_numbers_are_named_each_time_they_are_loaded(folder):
     assert len(bags.load("e", rows=np.array([2])).features) == 1
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("one", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("other", [1, np.inf, -np.inf])
-def test_no_number_hides_behind_another(folder, one, other):
-    bag = make_bag("e", 6)
-    bag.features[2, 0], bag.features[5, 1] = one, other
-    write(folder, bag)
-    with pytest.raises(BagFormatError, match="tile 2 are"):
+def test_no_number_hides_behind_another(folder, one, other, dtype):
+    bag = make_bag("e", 3_000)
+    bag.features[2_002, 0], bag.features[2_005, 1] = one, other
+    write(folder, replace(bag, features=bag.features.astype(dtype)))
+    with pytest.raises(BagFormatError, match="tile 2002 are"):
         BagFolder(folder).load("e")
 
 
-def test_large_numbers_are_numbers(folder):
+@pytest.mark.parametrize(("dtype", "large"), [(np.float16, 65_504), (np.float16, -65_504), (np.float32, 3e38)])
+def test_large_numbers_are_numbers(folder, dtype, large):
     bag = make_bag("e", 6)
-    write(folder, replace(bag, features=np.full((6, DIM), 3e38, np.float32)))  # their sum is beyond float32
-    assert (BagFolder(folder).load("e").features == 3e38).all()
+    write(folder, replace(bag, features=np.full((6, DIM), large, dtype)))  # their sum is beyond their type
+    assert (BagFolder(folder).load("e").features == large).all()
 
 
 def test_a_fingerprint_changes_with_what_the_bag_was_made_of(folder):

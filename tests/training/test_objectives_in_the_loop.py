@@ -30,7 +30,7 @@ def fitted(toy: Path, folder: Path, objective: Objective, epochs: int = 4) -> tu
     torch.manual_seed(0)
     model = Standardized(make_aggregator("gated_abmil", DIM, 1, hidden=8, dropout=0.25), *store.moments(names[:16]))
     sides = [LabelledSlides(store, names[part], targets[part]) for part in (slice(16), slice(16, None))]
-    return fit(folder, model, objective, *sides, TrainConfig(epochs=epochs, patience=epochs)), model
+    return fit(folder, model, objective, *sides, TrainConfig(epochs=epochs, patience=epochs, precision="fp32")), model
 
 
 def wrapped() -> Objective:

@@ -94,7 +94,9 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
 
 def settings_of(**changes) -> Settings:
     # a last step of one bag, which one of two processes has none of; CLAM's judges: weights that not every step reaches
-    plain = TrainConfig(aggregator="clam_sb", epochs=4, hidden=8, dropout=0.0, bags_per_step=4, clip_norm=0.1, device="cpu")
+    plain = TrainConfig(
+        aggregator="clam_sb", epochs=4, hidden=8, dropout=0.0, bags_per_step=4, clip_norm=0.1, device="cpu", precision="fp32"
+    )  # fmt: skip
     return Settings(split=SplitConfig(folds=2, val_fraction=0.25), train=replace(plain, **changes))
 
 
@@ -119,7 +121,7 @@ def test_two_processes_end_in_the_weights_of_one(toy, tmp_path, monkeypatch, cap
 
     command = ["train", str(toy), "--labels", str(toy / "labels.csv"), "--out", str(tmp_path / "shared"), "--devices", "2"]
     command += ["--device", "cpu", "--folds", "2", "--val-fraction", "0.25", "--aggregator", "clam_sb", "--epochs", "4"]
-    command += ["--hidden", "8", "--dropout", "0", "--clip-norm", "0.1"]
+    command += ["--hidden", "8", "--dropout", "0", "--clip-norm", "0.1", "--precision", "fp32"]
     assert main(command) == 0
     printed = capsys.readouterr()
     assert printed.out == f"2 models in {tmp_path / 'shared'}\n" and printed.err.count("of 4, validation loss") == 2

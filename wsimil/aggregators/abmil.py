@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wsimil.aggregators.explain import leave_one_out
+from wsimil.aggregators.first_layer import FirstLayer
 from wsimil.aggregators.packed import in_pieces, segment_softmax, segment_weighted_sum
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 
@@ -64,7 +65,7 @@ class ABMIL(Aggregator):
         super().__init__()
         self.dim, self.n_outputs = dim, n_outputs
         self.contribution_kind = "exact" if classifier_hidden is None else "leave-one-out"
-        self.project = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
+        self.project = nn.Sequential(FirstLayer(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
         self.attend = AttentionScore(hidden, attention, gated=gated)
         if classifier_hidden is None:
             self.classify = nn.Linear(hidden, n_outputs)
@@ -74,7 +75,7 @@ class ABMIL(Aggregator):
             )
 
     def _attended(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = self.project(features.to(self.attend.score.weight.dtype))
+        tiles = self.project(features)
         return tiles, self.attend(tiles)
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from wsimil.aggregators.first_layer import FirstLayer, less
 from wsimil.aggregators.packed import recomputing
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 
@@ -35,26 +36,30 @@ class Standardized(Aggregator):
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         self.check(bags)
         first = self.inner.first_layer
-        if first is None or bags.features.requires_grad or torch.is_autocast_enabled(bags.features.device.type):
-            # in half precision a feature must be centred before it is multiplied, or its digits go to the mean
-            return self.inner(replace(bags, features=(bags.features - self.mean) / self.deviation), explain=explain)
+        if first is None or bags.features.requires_grad:
+            features = less(bags.features, self.mean).div_(self.deviation)
+            return self.inner(replace(bags, features=features), explain=explain)
         linear = self.inner.get_submodule(first)
-        assert isinstance(linear, nn.Linear)
+        assert isinstance(linear, FirstLayer)
         weight = linear.weight / self.deviation
-        folded = _Reading(linear, weight, linear.bias - weight @ self.mean)
+        if torch.is_autocast_enabled(bags.features.device.type):
+            # in half precision a feature must be centred before it is multiplied, or its digits go to the mean
+            folded = _Reading(linear, weight, linear.bias, self.mean)
+        else:
+            folded = _Reading(linear, weight, linear.bias - weight @ self.mean)
         with folded, recomputing(folded):
             return self.inner(bags, explain=explain)
 
 
 class _Reading:
-    """A layer with other weights, for a while; may be entered again."""
+    """A layer with other weights and a centre, for a while; may be entered again."""
 
-    def __init__(self, layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
-        self._layer, self._others = layer, {"weight": weight, "bias": bias}
+    def __init__(self, layer: FirstLayer, weight: Tensor, bias: Tensor, centre: Tensor | None = None) -> None:
+        self._layer, self._others, self._centre = layer, {"weight": weight, "bias": bias}, centre
 
     def __enter__(self) -> None:
         self._own = self._layer._parameters
-        self._layer._parameters = self._others  # type: ignore[assignment]
+        self._layer._parameters, self._layer.centre = self._others, self._centre  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
-        self._layer._parameters = self._own
+        self._layer._parameters, self._layer.centre = self._own, None

@@ -28,6 +28,11 @@ from wsimil.files import fingerprint
 
 __all__ = ["BagFolder", "find_features_folder"]
 
+_BLOCK = 1024
+"""Rows that are looked at together, in the processor's cache."""
+_EXPONENT = np.uint16(0x7C00)
+"""Bits of a number in half precision that are all set in NaN and infinity, and in nothing else."""
+
 
 def find_features_folder(folder: str | Path) -> Path:
     """The folder of bags: `folder` itself if it holds `.h5` bags, else the one `features_*` folder below it.
@@ -160,12 +165,13 @@ class BagFolder:
             self._cache_left -= _size(header)
         return bag
 
-    def load(self, slide_id: str, *, rows: np.ndarray | None = None) -> BagBatch:
+    def load(self, slide_id: str, *, rows: np.ndarray | None = None, half: bool = False) -> BagBatch:
         """The usable tiles of a slide as a batch of one bag; features in float32, positions where the scale is known.
 
         Args:
             slide_id: which slide.
             rows: which of its usable tiles, counted from 0, in any order; all of them if not given. Only these are read.
+            half: leave features in half precision if they are stored so.
 
         Raises:
             BagFormatError: one of the tiles holds NaN or infinity, or as `read` does when all tiles are loaded first.
@@ -186,11 +192,11 @@ class BagFolder:
         else:
             parts = bag.features, bag.coords_level0_px
             stored, coords = parts if picked is None else (part[picked] for part in parts)
-        features = _widened(stored, shared=bag is not None and picked is None)
         if slide_id not in self._checked:
-            _check_finite(features, picked, header.path)
+            _check_finite(stored, picked, header.path)
             if rows is None:
                 self._checked.add(slide_id)
+        features = _as_tensor(stored, half=half, shared=bag is not None and picked is None)
         mpp, tile_level0_px = header.attributes.get("mpp"), header.attributes.get("tile_level0_px")
         coords_um = tile_um = None
         placed = header.attributes.get("coords_unit", "px") in ("px", "um")  # places on a grid, or none at all, say nothing
@@ -214,17 +220,29 @@ def _size(header: BagHeader) -> int:
     return header.features.nbytes + header.n_tiles * 2 * np.dtype(np.int64).itemsize
 
 
-def _check_finite(features: torch.Tensor, picked: np.ndarray | None, path: Path) -> None:
-    # the sum of a bag shows in one pass whether to look closer: it may overflow, but it misses nothing
-    if not features.sum().isfinite() and not (finite := features.isfinite().all(1).numpy()).all():
+def _check_finite(features: np.ndarray, picked: np.ndarray | None, path: Path) -> None:
+    finite = np.ones(len(features), bool)
+    for start in range(0, len(features), _BLOCK):
+        block = features[start : start + _BLOCK]
+        if block.dtype == np.float16:  # numpy computes in half precision value by value: its bits are looked at instead
+            exponents = np.ascontiguousarray(block).view(np.uint16) & _EXPONENT
+            suspect = len(block) > 0 and exponents.max() == _EXPONENT
+        else:  # a sum may overflow, but it misses nothing
+            with np.errstate(over="ignore", invalid="ignore"):
+                suspect = not np.isfinite(block.sum())
+        if suspect:
+            finite[start : start + _BLOCK] = np.isfinite(block).all(1)
+    if not finite.all():
         row = np.flatnonzero(~finite)[0] if picked is None else picked[~finite][0]
         raise BagFormatError(
             f"{path}: the features of tile {row} are NaN or infinite; extract again, in fp32 if they came out of half precision"
         )
 
 
-def _widened(features: np.ndarray, *, shared: bool) -> torch.Tensor:
-    """In float32, and a copy where the memory is shared: what a model does to its batch must not reach the cache."""
+def _as_tensor(features: np.ndarray, *, half: bool, shared: bool) -> torch.Tensor:
+    """A copy where the memory is shared: what a model does to its batch must not reach the cache."""
+    if half and features.dtype == np.float16:
+        return torch.from_numpy(features.copy() if shared else features)
     if features.dtype != np.float16:
         return torch.from_numpy(features.astype(np.float32, copy=shared))
     # torch converts half precision ten times as fast as numpy does, and numpy's memory comes in large pages

@@ -78,21 +78,16 @@ class TileStore:
         """The usable tiles of a slide, or those in `rows`; features in half precision where the file has it."""
         held = self._held.get(slide_id)
         if held is None and (size := self.n_bytes(slide_id)) <= self._left:
-            held = self._held[slide_id] = self._narrow(self.bags.load(slide_id)).to(self.device)
+            held = self._held[slide_id] = self.bags.load(slide_id, half=True).to(self.device)
             self._left -= size
         if held is None:
-            return self._narrow(self.bags.load(slide_id, rows=rows)).to(self.device)
+            return self.bags.load(slide_id, rows=rows, half=True).to(self.device)
         if rows is None:
             return held
         index = torch.from_numpy(rows).to(held.features.device)
         coords_um = None if held.coords_um is None else held.coords_um[index]
         offsets = torch.tensor([0, len(rows)], device=index.device)
         return BagBatch(held.features[index], offsets, coords_um, held.tile_um, held.slide_ids)
-
-    def _narrow(self, bag: BagBatch) -> BagBatch:
-        stored = self.bags.headers[bag.slide_ids[0]].features.dtype
-        # exact: the values came from half precision
-        return bag.to("cpu", torch.float16) if stored == np.float16 else bag
 
     def moments(self, slide_ids: Iterable[str]) -> tuple[Tensor, Tensor]:
         """Mean and deviation (D,) of the features over all tiles of these slides, each slide weighing the same."""

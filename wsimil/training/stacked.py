@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
 from wsimil.aggregators import Standardized
+from wsimil.aggregators.first_layer import less
 from wsimil.aggregators.packed import recomputing
 from wsimil.batch import BagBatch
 from wsimil.config import TrainConfig
@@ -171,7 +172,7 @@ class _Stack:
 
     def _row_losses(self, bags: BagBatch, places: Tensor, side: str) -> Tensor:
         """(M, B): what each bag costs each model, weighted; zero where it is not the model's."""
-        bags = replace(bags, features=(bags.features - self.shared_mean) * self.shared_scale)
+        bags = replace(bags, features=less(bags.features, self.shared_mean).mul_(self.shared_scale))
 
         def one(params: dict[str, Tensor], buffers: dict[str, Tensor], mean: Tensor, scale: Tensor, targets: Tensor) -> Tensor:
             weight = params[f"{self.first}.weight"] * scale
