@@ -16,7 +16,7 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
@@ -25,11 +25,13 @@ from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import DTypeLike
 
 from wsimil.errors import BagFormatError, WsimilError
 from wsimil.files import atomic_path
 
 __all__ = [
+    "Allocate",
     "Dataset",
     "StoredRows",
     "is_whole",
@@ -40,6 +42,9 @@ __all__ = [
     "stored_rows",
     "write_hdf5",
 ]
+
+Allocate = Callable[[tuple[int, ...], DTypeLike], np.ndarray]
+"""Memory of a shape and type, like `np.empty`."""
 
 
 @dataclass(frozen=True)
@@ -186,9 +191,9 @@ class StoredRows:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """All rows, or those asked for, in memory of their own. Raises as `read_into` and `read_rows` do."""
-        out = np.empty((self.shape[0] if rows is None else len(rows), self.shape[1]), self.dtype)
+    def read(self, rows: np.ndarray | None = None, *, allocate: Allocate = np.empty) -> np.ndarray:
+        """All rows, or those asked for, in memory that `allocate` gives. Raises as `read_into` and `read_rows` do."""
+        out = allocate((self.shape[0] if rows is None else len(rows), self.shape[1]), self.dtype)
         if rows is None:
             self.read_into(out)
         else:

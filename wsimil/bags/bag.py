@@ -18,7 +18,7 @@ import numpy as np
 
 from wsimil.errors import BagFormatError
 from wsimil.files import is_file_name
-from wsimil.hdf5 import Dataset, is_whole, open_hdf5, plain_attributes, read_array, stored_rows, write_hdf5
+from wsimil.hdf5 import Allocate, Dataset, is_whole, open_hdf5, plain_attributes, read_array, stored_rows, write_hdf5
 from wsimil.units import nominal_magnification
 
 __all__ = [
@@ -110,7 +110,7 @@ class Rows(Protocol):
     def dtype(self) -> np.dtype: ...
     @property
     def nbytes(self) -> int: ...
-    def read(self, rows: np.ndarray | None = None) -> np.ndarray: ...
+    def read(self, rows: np.ndarray | None = None, *, allocate: Allocate = ...) -> np.ndarray: ...
     def read_checked(self) -> np.ndarray: ...
 
 

@@ -25,6 +25,7 @@ from wsimil.batch import BagBatch
 from wsimil.config import FilterConfig
 from wsimil.errors import BagFormatError, EncoderMismatchError, UsageError
 from wsimil.files import fingerprint
+from wsimil.hdf5 import Allocate
 
 __all__ = ["BagFolder", "find_features_folder"]
 
@@ -165,13 +166,14 @@ class BagFolder:
             self._cache_left -= _size(header)
         return bag
 
-    def load(self, slide_id: str, *, rows: np.ndarray | None = None, half: bool = False) -> BagBatch:
+    def load(self, slide_id: str, *, rows: np.ndarray | None = None, half: bool = False, allocate: Allocate = np.empty) -> BagBatch:
         """The usable tiles of a slide as a batch of one bag; features in float32, positions where the scale is known.
 
         Args:
             slide_id: which slide.
             rows: which of its usable tiles, counted from 0, in any order; all of them if not given. Only these are read.
             half: leave features in half precision if they are stored so.
+            allocate: gives the memory that features are read into.
 
         Raises:
             BagFormatError: one of the tiles holds NaN or infinity, or as `read` does when all tiles are loaded first.
@@ -188,7 +190,7 @@ class BagFolder:
         elif len(picked) == len(keep):
             picked = None  # in one piece is faster
         if bag is None:
-            stored, coords = header.features.read(picked), header.coords_level0_px.read(picked)
+            stored, coords = header.features.read(picked, allocate=allocate), header.coords_level0_px.read(picked)
         else:
             parts = bag.features, bag.coords_level0_px
             stored, coords = parts if picked is None else (part[picked] for part in parts)

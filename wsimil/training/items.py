@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wsimil.bags.dataset import BagFolder
 from wsimil.batch import BagBatch, LabelledBags, pack
+from wsimil.training.memory import ReusedMemory
 from wsimil.training.ranks import ALONE, Ranks
 
 __all__ = ["LabelledSlides", "Steps", "TileStore", "free_bytes", "piece_tiles"]
@@ -61,6 +62,7 @@ class TileStore:
     def __init__(self, bags: BagFolder, *, memory_bytes: int, device: str = "cpu") -> None:
         self.bags, self.device, self._left = bags, device, memory_bytes
         self._held: dict[str, BagBatch] = {}
+        self._memory = ReusedMemory()  # of what is not held
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def n_tiles(self, slide_id: str) -> int:
@@ -81,7 +83,7 @@ class TileStore:
             held = self._held[slide_id] = self.bags.load(slide_id, half=True).to(self.device)
             self._left -= size
         if held is None:
-            return self.bags.load(slide_id, rows=rows, half=True).to(self.device)
+            return self.bags.load(slide_id, rows=rows, half=True, allocate=self._memory).to(self.device)
         if rows is None:
             return held
         index = torch.from_numpy(rows).to(held.features.device)

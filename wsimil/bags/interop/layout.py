@@ -24,7 +24,7 @@ import torch
 
 from wsimil.bags.bag import SCALE_UNKNOWN, Bag, BagHeader, Rows
 from wsimil.errors import BagFormatError, WsimilError
-from wsimil.hdf5 import is_whole
+from wsimil.hdf5 import Allocate, is_whole
 
 __all__ = [
     "Known",
@@ -98,14 +98,20 @@ class Opened:
     def nbytes(self) -> int:
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
-    def read(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """All rows, or those asked for. Raises BagFormatError if the file changed since it was found, or broke."""
+    def read(self, rows: np.ndarray | None = None, *, allocate: Allocate = np.empty) -> np.ndarray:
+        """All rows, or those asked for, in memory that `allocate` gives.
+
+        Raises:
+            BagFormatError: the file changed since it was found, or broke.
+        """
         if _stamp(self.path) != self.stamp:
             raise BagFormatError(f"{self.path}: the file changed while it was in use; start again")
         content = self.load()
         if content.shape != self.shape:
             raise BagFormatError(f"{self.path}: holds {content.shape}, not the {self.shape} it held at first; start again")
-        return np.array(content if rows is None else content[rows], self.dtype)  # a copy: the file may be mapped
+        out = allocate((len(content) if rows is None else len(rows), self.shape[1]), self.dtype)
+        out[:] = content if rows is None else content[rows]  # a copy: the file may be mapped
+        return out
 
     def read_checked(self) -> np.ndarray:
         """All rows; nothing to compare them with."""

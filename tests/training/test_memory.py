@@ -1,0 +1,50 @@
+"""Memory used again: never while somebody still looks at it."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import torch
+
+from wsimil.training.memory import ReusedMemory
+
+
+def address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def test_memory_returns_when_nothing_refers_to_it():
+    allocate = ReusedMemory()
+    array = allocate((1000, 8), np.float16)
+    assert array.shape == (1000, 8) and array.dtype == np.float16 and array.flags.writeable
+    place = address(array)
+    del array
+    gc.collect()
+    assert address(allocate((900, 8), np.float16)) == place  # smaller: the same place will do
+
+
+def test_a_view_or_a_tensor_keeps_its_memory():
+    allocate = ReusedMemory()
+    array = allocate((1000, 8), np.float32)
+    array[:] = 3
+    view, tensor = array[10:20].T, torch.from_numpy(array)[5:].view(-1)
+    del array
+    gc.collect()
+    others = [allocate((1000, 8), np.float32) for _ in range(3)]
+    for other in others:
+        other[:] = 7
+    assert (view == 3).all() and (tensor == 3).all()
+    del view
+    gc.collect()
+    allocate((1000, 8), np.float32)[:] = 8
+    assert (tensor == 3).all()
+
+
+def test_what_is_too_small_makes_room():
+    allocate = ReusedMemory()
+    for size in range(1, 200):
+        allocate((size,), np.float32)[:] = size
+        gc.collect()
+    assert len(allocate._free) == 1
+    assert allocate((0, 4), np.float32).shape == (0, 4)
