@@ -7,7 +7,10 @@ nucleus is epithelial. 10-fold cross-validation, five times; the epoch is the on
 images. The set has no patients, so images of one patient may stand on both sides: in the paper, too.
 
 Instances: within positive images of the test folds, how well attention and contributions rank epithelial nuclei above others
-(AUROC, mean over images); no instance label was used in training.
+(AUROC, mean over images), and how often the first of that ranking is epithelial; no instance label was used in training.
+
+What the table is made of, a row for every image and repeat, is left in OUT/<model>.csv. Repeats that are in a file given with
+--known are not run again: the repository has those of its table in pipelines/results/.
 """
 
 from __future__ import annotations
@@ -55,15 +58,39 @@ def patches(data: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], d
     return pixels, corners, epithelial
 
 
-def instance_auroc(folder: Path, repeats: int, epithelial: dict[str, np.ndarray], part: str) -> float:
+def instances(folder: Path, rows: pd.DataFrame, epithelial: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Of images with epithelial nuclei and others: AUROC of the ranking, and whether its first is epithelial (1 or 0)."""
     found = []
-    for repeat in range(repeats):
-        for name, truth in epithelial.items():
-            if truth.all() or not truth.any():
-                continue
+    for repeat, name in zip(rows["repeat"], rows["slide"], strict=True):
+        truth, columns = epithelial[name], {}
+        if truth.any() and not truth.all():
             with open_hdf5(folder / f"predictions{repeat}" / "scores" / f"{name}.h5") as file:
-                found.append(float(auroc(truth, read_array(file[part])[:, 0])))
-    return float(np.mean(found))
+                scores = {part: read_array(file[part])[:, 0] for part in ("attention", "contributions")}
+            columns = {f"auroc_{part}": float(auroc(truth, values)) for part, values in scores.items()}
+            columns |= {f"first_{part}": int(truth[values.argmax()]) for part, values in scores.items()}
+        found.append(columns)
+    return pd.DataFrame(found, index=rows.index)
+
+
+def row_of(model: str, rows: pd.DataFrame) -> dict[str, str]:
+    right = per_fold(rows, lambda fold: ((fold["prob_1"] >= 0.5) == fold["truth"]).mean())
+    areas = np.array([float(auroc(one["truth"], one["prob_1"])) for _, one in rows.groupby("repeat")])
+    row = {
+        "model": "gated attention" if model == "gated" else model,
+        "accuracy": interval(right, folds=FOLDS),
+        "AUC, mean ± sd of repeats": f"{areas.mean():.3f} ± {areas.std(ddof=1) if len(areas) > 1 else 0:.3f}",
+        "paper: accuracy, AUC": ", ".join(PAPER[model]),
+    }
+    for part, title in (("attention", "attention"), ("contributions", "contribution")):
+        row[f"instances, {title}: AUROC, first"] = f"{rows[f'auroc_{part}'].mean():.3f}, {rows[f'first_{part}'].mean():.0%}"
+    return row
+
+
+def known_rows(folder: Path | None, model: str, repeats: int) -> pd.DataFrame:
+    if folder is None or not (path := folder / f"{model}.csv").exists():
+        return pd.DataFrame()
+    rows = pd.read_csv(path)
+    return rows[rows["repeat"] < repeats]
 
 
 def main() -> None:
@@ -73,6 +100,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(PAPER), choices=list(PAPER))
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--epochs", type=int, default=SETTINGS.train.epochs)
+    parser.add_argument("--known", type=Path, help="folder with <model>.csv of repeats that need not be run again")
     parser.add_argument("--table", type=Path, help="where the Markdown goes")
     options = parser.parse_args()
     started = time.monotonic()
@@ -88,25 +116,20 @@ def main() -> None:
             SETTINGS, train=replace(SETTINGS.train, aggregator_options=own, epochs=options.epochs, patience=options.epochs)
         )
         folder = options.out / model
-        predictions = cross_validate(bags, labels, folder, settings, repeats=range(options.repeats))
-        predictions["truth"] = predictions["label"].astype(int)
-        right = per_fold(predictions, lambda fold: ((fold["prob_1"] >= 0.5) == fold["truth"]).mean())
-        areas = np.array([float(auroc(one["truth"], one["prob_1"])) for _, one in predictions.groupby("repeat")])
-        rows.append(
-            {
-                "model": "gated attention" if model == "gated" else model,
-                "accuracy": interval(right, folds=FOLDS),
-                "AUC, mean ± sd of repeats": f"{areas.mean():.3f} ± {areas.std(ddof=1) if len(areas) > 1 else 0:.3f}",
-                "paper: accuracy, AUC": ", ".join(PAPER[model]),
-                "instances, attention": f"{instance_auroc(folder, options.repeats, epithelial, 'attention'):.3f}",
-                "instances, contribution": f"{instance_auroc(folder, options.repeats, epithelial, 'contributions'):.3f}",
-            }
-        )
+        known = known_rows(options.known, model, options.repeats)
+        left = [repeat for repeat in range(options.repeats) if repeat not in set(known.get("repeat", ()))]
+        if left:
+            predictions = cross_validate(bags, labels, folder, settings, repeats=left)
+            new = predictions[["repeat", "fold", "slide", "prob_1"]].assign(truth=predictions["label"].astype(int))
+            known = pd.concat([known, new.join(instances(folder, new, epithelial))], ignore_index=True)
+        known = known.sort_values(["repeat", "fold", "slide"])
+        known.to_csv(options.out / f"{model}.csv", index=False)
+        rows.append(row_of(model, known))
         print(rows[-1], flush=True)
     notes = (
         f"Accuracy at .5: mean ± sd over {FOLDS} folds × {options.repeats} [95 % interval of the mean, Nadeau and Bengio]; AUC of "
-        f"the pooled predictions of a repeat. Seeds 0 to {options.repeats - 1}, {options.epochs} epochs. Instances: mean AUROC of "
-        "the positive images that have other nuclei, too."
+        f"the pooled predictions of a repeat. Seeds 0 to {options.repeats - 1}, {options.epochs} epochs. Instances: in positive "
+        "images that have other nuclei, too, mean AUROC, and the share of images whose first nucleus is epithelial."
     )
     command = command_of(parser, options, data="$DATA/colon_nuclei", out="--out colon/")
     write_table(options.table, "Colon nuclei", command, rows, started=started, notes=notes)
