@@ -401,6 +401,15 @@ def test_splits_of_clam_are_read(tmp_path):
     assert (splits["patient"] == splits["slide_id"]).all()
 
 
+def test_numbers_that_pandas_made_floats_are_slides_again(tmp_path):
+    sides = [["118", "7", "31"], ["40"], ["2.0", "3"]]
+    table = pd.concat([pd.Series([118, 7, 31]), pd.Series([40]), pd.Series(["2.0", "3"])], axis=1, keys=["train", "val", "test"])
+    table.to_csv(tmp_path / "splits_0.csv")
+    assert "40.0" in (tmp_path / "splits_0.csv").read_text()
+    splits = read_splits(tmp_path / "splits_0.csv")
+    assert [list(splits.loc[splits["split"] == side, "slide_id"]) for side in ("train", "val", "test")] == sides
+
+
 def test_a_folder_of_clam_is_all_its_folds(tmp_path):
     (tmp_path / "splits_0.csv").write_text(CLAM)
     (tmp_path / "splits_1.csv").write_text(",train,val,test\n0,e,a,d\n1,f,b,c\n")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from wsimil.bags.dataset import BagFolder
 from wsimil.bags.splits import read_splits
 from wsimil.cli import main
 from wsimil.config import LabelsConfig, PredictConfig, Settings, SplitConfig, TrainConfig
@@ -15,6 +17,7 @@ from wsimil.evaluation.table import read_predictions
 from wsimil.files import read_json
 from wsimil.prediction import predict
 from wsimil.training import train
+from wsimil.training.cohort import prepare_cohort
 
 N_SLIDES = 24
 UNLABELLED = ("s00", "s10", "s20")
@@ -56,6 +59,22 @@ def test_slides_without_a_label_in_given_splits_teach_nothing_and_are_predicted(
     table = read_predictions(tmp_path / "out" / "predictions.csv").set_index("slide_id")
     assert table.loc["s20", "status"] == "done" and len(table) == N_SLIDES - 18
     assert (table["label"].fillna("") == "").sum() == 1
+
+
+def test_slides_that_are_in_no_fold_are_named_with_the_reason(toy, tmp_path):
+    names = [f"s{number:02}" for number in range(N_SLIDES)]
+    labels = {name: ("neg", "pos")[number % 2] for number, name in enumerate(names)} | {"s03": ""}
+    del labels["s07"]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(["slide,label", *(f"{name},{label}" for name, label in labels.items())]))
+    bags = BagFolder(toy)
+    cohort = prepare_cohort(bags, table)
+    assert cohort.left_out(bags) == ["s03: without a label, so in no fold", "s07: not in the label table"]
+    bags.headers["s05"] = replace(bags.headers["s05"], attributes={"n_invalid": bags.headers["s05"].n_tiles})
+    cohort = prepare_cohort(bags, table)
+    assert cohort.left_out(bags)[1] == "s05: labelled, but without usable tiles, so in no fold"
+    splits = cohort.splits[cohort.splits["slide_id"] != "s09"]
+    assert "s09: labelled, but not in the splits" in replace(cohort, splits=splits).left_out(bags)
 
 
 def test_a_side_without_any_label_is_an_error(toy, tmp_path):

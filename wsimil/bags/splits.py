@@ -252,11 +252,19 @@ def _clam_fold(path: Path) -> Table:
         require_column(path, table, side, SplitsError)
     digits = re.fullmatch(r"splits_(\d+)", path.stem)
     fold = int(digits[1]) if digits else 0
-    sides = [(slide, side) for side in ("train", "val", "test") for slide in table[side] if slide.lower() not in ("", "nan")]
+    sides = [(slide, side) for side in ("train", "val", "test") for slide in _slides_of(table[side])]
     if any(slide.lower() in ("true", "false") for slide, _ in sides):
         raise SplitsError(f"{path}: true and false in columns of slides; take the file without _bool in its name")
     rows = [{"fold": fold, "slide_id": slide, "patient": slide, "site": "", "split": side} for slide, side in sides]
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _slides_of(column: pd.Series) -> list[str]:
+    slides = [slide for slide in column if slide.lower() not in ("", "nan")]
+    # whoever pads a column of whole numbers with gaps in pandas makes them floats: 118.0
+    if len(slides) < len(column) and all(re.fullmatch(r"[0-9]+\.0", slide) for slide in slides):
+        return [slide.removesuffix(".0") for slide in slides]
+    return slides
 
 
 def _checked(path: Path, splits: Table) -> Table:

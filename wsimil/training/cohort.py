@@ -20,7 +20,7 @@ from wsimil.bags.dataset import BagFolder
 from wsimil.bags.labels import infer_task, match_labels, match_slides, read_labels
 from wsimil.bags.splits import check_splits, make_splits, read_splits
 from wsimil.config import LabelsConfig, SplitConfig
-from wsimil.errors import SplitsError
+from wsimil.errors import SplitsError, some_of
 from wsimil.extraction.job import slides_of_job
 from wsimil.files import hash_of
 from wsimil.table import Table
@@ -39,11 +39,18 @@ class Cohort:
     splits: pd.DataFrame
     task: Task
 
-    @property
-    def unlabelled(self) -> list[str]:
-        """Slides of splits that were given for which the table has an empty label: predicted where in test, never learned from."""
-        empty = set(self.labels.loc[self.labels["label"] == "", "slide_id"])
-        return sorted(empty & set(self.splits["slide_id"]))
+    def left_out(self, bags: BagFolder) -> list[str]:
+        """A line for each reason why slides take no part, with the first of them."""
+        labelled, dealt = self.labels["label"] != "", set(self.splits["slide_id"])
+        with_label, without = (set(self.labels.loc[rows, "slide_id"]) for rows in (labelled, ~labelled))
+        reasons = {
+            "in the splits without a label; nothing is learned from them": without & dealt,
+            "without a label, so in no fold": without - dealt,
+            "labelled, but without usable tiles, so in no fold": with_label - dealt - set(bags.filled),
+            "labelled, but not in the splits": (with_label & set(bags.filled)) - dealt,
+            "not in the label table": set(bags.slide_ids) - with_label - without,
+        }
+        return [f"{some_of(sorted(names))}: {reason}" for reason, names in reasons.items() if names]
 
 
 def prepare_cohort(

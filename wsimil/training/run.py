@@ -78,8 +78,8 @@ def train(
         say(remark)
     cohort = prepare_cohort(bag_folder, labels, splits=splits, labels_config=settings.labels, split_config=settings.split)
     say(cohort.task.describe(cohort.labels["label"].tolist()))
-    if cohort.unlabelled:
-        say(f"{some_of(cohort.unlabelled)}: in the splits without a label; nothing is learned from them")
+    for line in cohort.left_out(bag_folder):
+        say(line)
     if settings.filter != NO_FILTER:
         say(_describe_filter(bag_folder))
     folds = sorted(cohort.splits["fold"].unique().tolist())
