@@ -6,6 +6,7 @@
 - A slide that the encoder was pretrained on is marked in its row, so that whoever has only the table knows.
 - A model without the splits and labels of its run is a model of new slides alone.
 - Bags of another encoder than the model's are refused; tiles are filtered as the model's were, never otherwise.
+- A scores file holds the logits it came with, and a hash of the models and bags: an interrupted prediction goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from wsimil.errors import EncoderMismatchError, LabelsError, UsageError, WsimilE
 from wsimil.evaluation.table import ENSEMBLE, SEEN
 from wsimil.extraction.extract import resolve_device
 from wsimil.extraction.job import Row, slides_of_job
-from wsimil.files import atomic_path, file_sha256, hash_of, make_output_folder, sweep_temporary_files
+from wsimil.files import atomic_path, hash_of, make_output_folder, sweep_temporary_files
 from wsimil.hdf5 import Dataset, read_attributes, write_hdf5
 from wsimil.progress import progress
 from wsimil.settings import save_settings
@@ -89,6 +91,7 @@ def predict(
     chosen = {name: run.models_for(slide_ids[0]) for name, slide_ids in groups.items()}
     tested = [name for name in groups if any(chosen[name].values())]
     described = {name: run.describe(groups[name], statuses) for name in tested}  # what is wrong there is said before the work
+    n_left = 0
     for name in progress(tested, "predict", unit=config.bag, quiet=quiet):
         slide_ids, by_fold = groups[name], {fold: models for fold, models in chosen[name].items() if models}
         row = described[name]
@@ -98,11 +101,18 @@ def predict(
             row[SEEN] = "1"
         filled = [slide_id for slide_id in slide_ids if bag_folder.n_valid(slide_id) > 0]
         models = [model for own in by_fold.values() for model in own]
-        said = _predict_one(bag_folder, filled, models, run.task, device, Path(out), name=name) if filled else []
+        said: list[np.ndarray] = []
+        if filled:
+            key = _key(bag_folder, filled, models, name=name)
+            kept = _kept_logits(Path(out), filled, key)
+            n_left += kept is not None
+            said = kept or _predict_one(bag_folder, filled, models, run.task, device, Path(out), name=name, key=key)
         logits = iter(said)  # fold by fold, as the models
         for fold, own in by_fold.items():
             columns = _decoded([next(logits) for _ in own], own) if filled else {}
             rows.append(row | columns | _side_of(fold) | {"status": "done" if filled else "empty"})
+    if n_left:
+        say(f"{n_left} of {len(tested)} {config.bag}s were predicted before by the same models; left as they are")
     if len(tested) < len(groups):
         say(f"{len(groups) - len(tested)} {config.bag}s are in no test fold of this model, so they are not predicted")
     for status in statuses.values():
@@ -299,21 +309,43 @@ def _groups(bags: BagFolder, run: _Run, config: PredictConfig) -> dict[str, list
 
 
 def _predict_one(
-    bags: BagFolder, slide_ids: list[str], models: list[TrainedModel], task: Task, device: str, out: Path, *, name: str
+    bags: BagFolder, slide_ids: list[str], models: list[TrainedModel], task: Task, device: str, out: Path, *, name: str, key: str
 ) -> list[np.ndarray]:
     """Predict slides as one bag of this name; write their tile scores, the mean over models; return each model's logits (1, C)."""
     batch = _one_bag([bags.load(slide_id) for slide_id in slide_ids]).to(device)
     with torch.inference_mode():
         outputs = [model.model(batch, explain=True) for model in models]
     scores = _tile_scores(outputs, models, batch, task)
+    logits = [output.logits.float().cpu().numpy() for output in outputs]
+    said = {"bag": name, "prediction_key": key, "logits": np.concatenate(logits)}  # (models, C)
     start = 0
     for slide_id in slide_ids:
         keep = bags.kept(slide_id)
         rows = slice(start, start + int(keep.sum()))
         mine = {score: values[rows] for score, values in scores.items()}
-        _write_scores(out / "scores" / f"{slide_id}.h5", bags.headers[slide_id], keep, mine, models, bag=name)
+        _write_scores(out / "scores" / f"{slide_id}.h5", bags.headers[slide_id], keep, mine, models, said)
         start = rows.stop
-    return [output.logits.float().cpu().numpy() for output in outputs]
+    return logits
+
+
+def _key(bags: BagFolder, slide_ids: list[str], models: list[TrainedModel], *, name: str) -> str:
+    """Of all that a prediction comes from."""
+    seen = [[slide_id, bags.fingerprint(slide_id), bags.n_valid(slide_id)] for slide_id in slide_ids]
+    return hash_of([version("wsimil"), name, seen, [[model.folder.name, model.weights_sha256, model.content] for model in models]])
+
+
+def _kept_logits(out: Path, slide_ids: list[str], key: str) -> list[np.ndarray] | None:
+    """What each model said, (1, C), if the scores of all these slides are there and of this key."""
+    logits: list[list[float]] = []
+    for slide_id in slide_ids:
+        try:
+            attributes = read_attributes(out / "scores" / f"{slide_id}.h5")
+        except (WsimilError, OSError):
+            return None
+        if attributes.get("prediction_key") != key:
+            return None
+        logits = attributes["logits"]
+    return [np.array([one], np.float32) for one in logits]
 
 
 def _decoded(logits: list[np.ndarray], models: list[TrainedModel]) -> dict:
@@ -374,11 +406,13 @@ def _tile_scores(outputs: list[BagOutput], models: list[TrainedModel], batch: Ba
 
 
 def _write_scores(
-    path: Path, header: BagHeader, keep: np.ndarray, scores: dict[str, np.ndarray], models: list[TrainedModel], *, bag: str
+    path: Path, header: BagHeader, keep: np.ndarray, scores: dict[str, np.ndarray], models: list[TrainedModel], said: dict[str, Any]
 ) -> None:
     """Scores on the rows of the stored bag; rows that the models did not see (not valid, or filtered out) are NaN.
 
-    `bag` is the id of the prediction's row: the slide's, or that of the patient whose slides were pooled.
+    Args:
+        said: of the whole prediction: `bag`, the id of its row (of the slide, or of the patient whose slides were pooled), and
+            what lets the next call leave it as it is.
     """
     datasets = {"coords": Dataset(header.coords())}
     for name, values in scores.items():
@@ -394,8 +428,8 @@ def _write_scores(
             "format": "wsimil-scores",
             "format_version": 1,
             **{name: header.attributes.get(name) for name in (*kept, "bounds_x", "bounds_y", "coords_unit")},
-            "bag": bag,
-            "model_hash": hash_of(sorted(file_sha256(model.folder / "model.safetensors") for model in models)),
+            **said,
+            "model_hash": hash_of(sorted(model.weights_sha256 for model in models)),
             "models": [model.folder.name for model in models],
             "class_names": list(models[0].task.output_names),
             "contribution_kind": aggregator.contribution_kind,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 from toy_bags import write_cohort
 
+from wsimil.bags.bag import Geometry, read_bag, write_bag
 from wsimil.cli import main
 from wsimil.config import PredictConfig, Settings, SplitConfig, TrainConfig
 from wsimil.errors import LabelsError, UsageError
@@ -19,7 +22,7 @@ from wsimil.evaluation import evaluate_predictions
 from wsimil.evaluation.table import mean_over_folds, read_predictions
 from wsimil.files import atomic_path
 from wsimil.hdf5 import read_attributes
-from wsimil.prediction import _decoded, predict
+from wsimil.prediction import _decoded, _predict_one, predict
 from wsimil.task import Task
 from wsimil.training import load_model, train
 
@@ -95,6 +98,62 @@ def test_the_table_of_the_whole_cohort_measures_what_was_predicted_of_it(cohort,
     assert "slide 'S00.svs' (and 1 more) of the table is none of the" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("kind", "config"), [("slides", PredictConfig()), ("patients", POOLED)])
+def test_an_interrupted_prediction_goes_on(cohort, tmp_path, monkeypatch, kind, config):
+    done: list[str] = []
+
+    def until_the_fourth(*args, **options):
+        done.append(options["name"])
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        return _predict_one(*args, **options)
+
+    monkeypatch.setattr("wsimil.prediction._predict_one", until_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        predict(cohort, cohort / "run", tmp_path, config=config, quiet=True)
+    assert not (tmp_path / "predictions.csv").exists()
+    said: list[str] = []
+    rows = predict(cohort, cohort / "run", tmp_path, config=config, quiet=True, say=said.append)
+    names = rows["slide_id"].tolist()
+    assert sorted(done) == sorted([*names, done[3]]) and f"3 of {len(names)} {config.bag}s were predicted before" in said[0]
+    before = cohort / kind
+    assert (tmp_path / "predictions.csv").read_bytes() == (before / "predictions.csv").read_bytes()
+    for path in (before / "scores").glob("*.h5"):
+        assert (tmp_path / "scores" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("changed", ["weights", "recipe", "bag", "scores", "pooling"])
+def test_what_is_no_longer_so_is_predicted_again(cohort, tmp_path, changed):
+    for name in ("features_toy", "run"):
+        shutil.copytree(cohort / name, tmp_path / name)
+    shutil.copytree(cohort / "slides", tmp_path / "out")
+    name = read_predictions(tmp_path / "out/predictions.csv")["slide_id"].iloc[0]
+    scores, config = tmp_path / f"out/scores/{name}.h5", PredictConfig()
+    if changed == "weights":
+        path = tmp_path / "run/fold0-seed0/model.safetensors"
+        save_file({key: 1.5 * value for key, value in load_file(path).items()}, path)
+    elif changed == "recipe":
+        path = tmp_path / "run/fold0-seed0/model.json"
+        path.write_text(path.read_text().replace('"temperature"', '"another_key": 1, "temperature"'))
+    elif changed == "bag":
+        path = tmp_path / f"features_toy/{name}.h5"
+        bag = read_bag(path)
+        other = replace(bag, features=bag.features + 1, attributes={**bag.attributes, "recipe_hash": "other"})
+        write_bag(path, other, Geometry(224, 224.0, 0, 20_000, 20_000, 0.5, 0.5, name))
+    elif changed == "scores":
+        scores.write_bytes(scores.read_bytes()[:200])
+    else:
+        config = POOLED
+    said: list[str] = []
+    rows = predict(tmp_path / "features_toy", tmp_path / "run", tmp_path / "out", config=config, quiet=True, say=said.append)
+    alone = {"bag", "scores"}
+    kept = [line for line in said if "predicted before" in line]
+    assert (f"{len(rows) - 1} of {len(rows)} slides" in kept[0]) if changed in alone else not kept
+    fresh = predict(tmp_path / "features_toy", tmp_path / "run", tmp_path / "fresh", config=config, quiet=True)
+    pd.testing.assert_frame_equal(rows, fresh)
+    assert read_attributes(scores) == read_attributes(tmp_path / f"fresh/scores/{name}.h5")
+
+
 def test_every_digit_of_a_prediction_comes_back(cohort, tmp_path):
     rows = predict(cohort, cohort / "run", tmp_path, quiet=True)
     table = read_predictions(tmp_path / "predictions.csv")
@@ -160,6 +219,7 @@ def test_files_of_somebody_else_among_the_scores_stay_and_no_old_table_stands_be
         raise RuntimeError("in the middle")
 
     monkeypatch.setattr("wsimil.prediction._predict_one", broken)
+    next(path for path in (out / "scores").glob("*.h5") if path.stem != "mine").unlink()
     with pytest.raises(RuntimeError):
         predict(cohort, cohort / "run", out, quiet=True)
     assert not (out / "predictions.csv").exists()

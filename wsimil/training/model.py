@@ -13,7 +13,7 @@ from wsimil.aggregators import Standardized, make_aggregator
 from wsimil.batch import Aggregator
 from wsimil.config import FilterConfig, TrainConfig
 from wsimil.errors import ConfigError, UsageError
-from wsimil.files import read_json
+from wsimil.files import file_sha256, read_json
 from wsimil.task import Task
 
 __all__ = ["MODEL_FORMAT", "TrainedModel", "build_aggregator", "differences", "load_model", "recipe"]
@@ -72,6 +72,7 @@ class TrainedModel:
     splits_hash: str
     folder: Path
     content: dict[str, Any]
+    weights_sha256: str
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -112,4 +113,5 @@ def load_model(run: str | Path) -> TrainedModel:
         splits_hash=content["splits_hash"],
         folder=run,
         content=content,
+        weights_sha256=file_sha256(run / "model.safetensors"),
     )
