@@ -111,6 +111,7 @@ def test_patches_have_to_fill_a_view() -> None:
         ({"recipe_options": ("teacher_temp=0,0.04,0.3",)}, "teacher_temp is 0"),
         ({"method": "mae", "size": "self-vit-mil"}, "preset of dino"),
         ({"batch_size": 10, "devices": 4}, "--batch-size 8"),
+        ({"method": "weak", "size": "toy", "batch_size": 4, "accumulate": 4}, "parts of one tile .*--batch-size 8"),
     ],
 )
 def test_what_cannot_be_is_named(config: dict, said: str) -> None:

@@ -255,6 +255,8 @@ def resolve_recipe(config: PretrainConfig, *, n_slides: int) -> Recipe:
             f"a batch of {recipe.batch_size} tiles cannot be shared by {config.devices} devices in {config.accumulate} parts; "
             f"take --batch-size {max(1, recipe.batch_size // parts) * parts}"
         )
+    if config.method == "weak" and recipe.batch_size == parts:
+        raise ConfigError(f"parts of one tile have no statistics for batch normalisation; take --batch-size {2 * parts} or more")
     steps = recipe.steps or math.ceil(_presentations(recipe, n_slides) / recipe.batch_size)
     return replace(recipe, steps=steps, lr=recipe.peak_lr)
 
