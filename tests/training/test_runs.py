@@ -136,7 +136,7 @@ def test_a_model_that_was_taken_elsewhere_predicts_new_slides(toy, tmp_path):
     shutil.copytree(tmp_path / "run/fold0-seed0", tmp_path / "elsewhere/fold0-seed0")
     for model in (tmp_path / "elsewhere", tmp_path / "elsewhere/fold0-seed0"):
         said: list[str] = []
-        rows = predict(toy, model, tmp_path / "out", quiet=True, say=said.append)
+        rows = predict(toy, model, tmp_path / f"out-{model.name}", quiet=True, say=said.append)
         assert len(rows) == 24 and set(rows["split"]) == {"new"} and set(rows["label"]) == {""}
         assert len(said) == 1 and "no splits.csv and labels.csv: every slide is taken for a new one" in said[0]
     (tmp_path / "run/splits.csv").rename(tmp_path / "elsewhere/splits.csv")
