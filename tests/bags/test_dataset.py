@@ -303,6 +303,15 @@ def test_no_number_hides_behind_another(folder, one, other, dtype):
         BagFolder(folder).load("e")
 
 
+def test_what_float32_cannot_hold_is_no_number(folder):
+    bag = make_bag("e", 6)
+    features = bag.features.astype(np.float64)
+    features[3, 1] = 1e300
+    write(folder, replace(bag, features=features))
+    with pytest.raises(BagFormatError, match="tile 3 are"):
+        BagFolder(folder).load("e")
+
+
 @pytest.mark.parametrize(("dtype", "large"), [(np.float16, 65_504), (np.float16, -65_504), (np.float32, 3e38)])
 def test_large_numbers_are_numbers(folder, dtype, large):
     bag = make_bag("e", 6)

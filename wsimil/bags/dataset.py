@@ -229,8 +229,9 @@ def _check_finite(features: np.ndarray, picked: np.ndarray | None, path: Path) -
         if block.dtype == np.float16:  # numpy computes in half precision value by value: its bits are looked at instead
             exponents = np.ascontiguousarray(block).view(np.uint16) & _EXPONENT
             suspect = len(block) > 0 and exponents.max() == _EXPONENT
-        else:  # a sum may overflow, but it misses nothing
+        else:  # as models will see it; a sum may overflow, but it misses nothing
             with np.errstate(over="ignore", invalid="ignore"):
+                block = block.astype(np.float32, copy=False)
                 suspect = not np.isfinite(block.sum())
         if suspect:
             finite[start : start + _BLOCK] = np.isfinite(block).all(1)
