@@ -107,7 +107,7 @@ def test_a_run_leaves_an_encoder_a_log_and_a_panel(finished: Path) -> None:
 
 
 def test_a_finished_run_is_kept(tiles: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsimil.pretraining.run._launch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("wsimil.pretraining.run.launch", lambda *_: pytest.fail("trained again"))
     assert pretrain(tiles, finished, settings=settings(), quiet=True).step == 8
 
 
@@ -483,7 +483,7 @@ def test_an_export_that_reads_back_otherwise_is_no_export(tiles: Path, tmp_path:
 
 @pytest.fixture
 def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsimil.pretraining.run._TIMED_S", 0.2)
+    monkeypatch.setattr("wsimil.pretraining.forecast._TIMED_S", 0.2)
 
 
 def test_a_dry_run_measures_and_trains_nothing(tiles: Path, tmp_path: Path, readers, short_timings, capsys) -> None:

@@ -15,14 +15,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wsimil.pretraining.forecast import Forecast
     from wsimil.pretraining.index import IndexedSlide, TileIndex, index_slides, index_tiles
     from wsimil.pretraining.presets import Recipe, preset, resolve_recipe
-    from wsimil.pretraining.run import Forecast, Pretrained, pretrain
+    from wsimil.pretraining.run import Pretrained, pretrain
     from wsimil.pretraining.sampler import Draw, TileSampler
 
 _HOMES = {
     "Draw": "sampler",
-    "Forecast": "run",
+    "Forecast": "forecast",
     "IndexedSlide": "index",
     "Pretrained": "run",
     "Recipe": "presets",
