@@ -220,7 +220,10 @@ class Objective(nn.Module):
         return None
 
     def on_epoch_start(self, epoch: int, infer: Callable[[], Iterable[tuple[Any, Any]]]) -> None:
-        """Before each epoch; `infer()` runs the model over the training items and yields (batch, output)."""
+        """Before each epoch; `infer()` runs the model, in eval mode, over every training item once and yields (batch, output)."""
+
+    def on_validation_start(self, infer: Callable[[], Iterable[tuple[Any, Any]]]) -> None:
+        """Before each validation; `infer()` runs the model whose weights would be kept over every training item once."""
 
     def losses(self, model: nn.Module, batch: Any, progress: float) -> dict[str, Tensor]:
         """Named losses of a batch, their weights applied: the loop minimises their sum. `progress` runs from 0 to 1."""

@@ -84,19 +84,36 @@ def test_the_oldest_newcomer_makes_room():
     torch.testing.assert_close(bank.loss(risk[-2:], targets[-2:], names[-2:]), last)
 
 
-def test_validation_does_not_depend_on_batch_mates_and_is_not_remembered():
+def likelihood(risk: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The negative log partial likelihood, summed over events."""
+    return cox_loss(risk.double(), targets[:, 0].double(), targets[:, 1].double()) * targets[:, 1].sum()
+
+
+def test_a_slide_of_validation_is_judged_by_what_its_joining_costs_the_training_slides():
+    risk, targets, _ = cohort()
+    bank = RiskBank().eval()
+    bank.refer_to(risk, targets)
+    new, new_targets, names = cohort(seed=1)
+    new_targets[0, 0], new_targets[1, 0] = 0.5, 99  # before the first and after the last of the others
+    alone = [bank.loss(new[[row]], new_targets[[row]], [names[row]]) for row in range(N)]
+    for row in range(N):
+        joined = likelihood(torch.cat([risk, new[[row]]]), torch.cat([targets, new_targets[[row]]]))
+        torch.testing.assert_close(alone[row], (joined - likelihood(risk, targets)) / targets[:, 1].double().mean())
+    torch.testing.assert_close(bank.loss(new, new_targets, names), torch.stack(alone).mean())  # nor does it depend on batch mates
+    censored = new_targets[:, 1] == 0
+    assert any(float(loss) > 0 for loss, one in zip(alone, censored, strict=True) if one)  # they are judged, too
+
+
+def test_a_validation_loss_knows_nothing_of_what_training_saw_last():
     risk, targets, names = cohort()
-    bank = filled(risk, targets, names).eval()
+    bank = filled(risk + torch.randn(N), targets, names).eval()
+    bank.refer_to(risk + 7, targets)
+    fresh = RiskBank().eval()
+    fresh.refer_to(risk, targets)
     new, new_targets, new_names = cohort(seed=1)
-    new_names = [f"val-{name}" for name in new_names]
-    together = bank.loss(new, new_targets, new_names)
-    alone = [bank.loss(new[[row]], new_targets[[row]], [new_names[row]]) for row in range(N)]
-    torch.testing.assert_close(together, torch.stack(alone).mean())
-    row = int(new_targets[:, 1].argmax())  # an event: against those of the bank who lived as long, and itself
-    others = risk[targets[:, 0] >= new_targets[row, 0]]
-    by_hand = torch.logsumexp(torch.cat([new[[row]], others]), 0) - new[row]
-    torch.testing.assert_close(alone[row], by_hand / targets[:, 1].mean())
     before = copy.deepcopy(bank.state_dict())
+    expected = fresh.loss(new, new_targets, new_names)
+    torch.testing.assert_close(bank.loss(new + 7, new_targets, new_names), expected)  # and nothing of an origin of log-hazards
     bank.remember(new, new_targets, new_names)
     assert all(torch.equal(value, before[key]) for key, value in bank.state_dict().items())
 
@@ -127,7 +144,8 @@ def test_pseudo_bags_of_a_slide_stand_for_one_slide_at_risk():
 def test_pseudo_bags_count_in_validation_as_in_training():
     risk, targets, names = cohort()
     objective = SlideLabel(COX)
-    objective.losses(Fixed(risk, pseudo=False), batch_of(targets, names), 0.0)  # the bank is full
+    batch = batch_of(targets, names)
+    objective.on_validation_start(lambda: [(batch, Fixed(risk, pseudo=True)(batch.bags))])
     new, new_targets, new_names = cohort(seed=1)
     batch = batch_of(new_targets, [f"val-{name}" for name in new_names])
     losses = objective.eval().losses(Fixed(new, pseudo=True), batch, 0.0)
@@ -143,6 +161,39 @@ def test_the_objective_resumes_with_its_bank():
     rest = Fixed(risk[12:], pseudo=False), batch_of(targets[12:], names[12:]), 0.0
     torch.testing.assert_close(other.losses(*rest)["bag"], objective.losses(*rest)["bag"], rtol=0, atol=0)
     torch.testing.assert_close(other.losses(*rest)["bag"], cox_loss(risk, targets[:, 0], targets[:, 1]))
+
+
+def test_a_step_that_is_a_set_at_risk_of_its_own_is_compared_with_nobody_else():
+    risk, targets, names = cohort()
+    objective = SlideLabel(COX, own_sets=True)
+    for start in range(0, N, PER_STEP):
+        rows = slice(start, start + PER_STEP)
+        losses = objective.losses(Fixed(risk[rows], pseudo=False), batch_of(targets[rows], names[rows]), 0.0)
+        torch.testing.assert_close(losses["bag"], cox_loss(risk[rows], targets[rows, 0], targets[rows, 1]))
+
+
+def test_sets_drawn_at_random_lead_to_the_log_hazards_of_the_whole_cohort():
+    """Nested case-control (Thomas 1977): the gradient of the sampled sets is zero, on average, where the data come from."""
+    rng = np.random.default_rng(0)
+    n, truth = 3000, 0.8
+    feature = rng.normal(size=n)
+    time, censored = rng.exponential(np.exp(-truth * feature)), rng.exponential(1.0, n)
+    event = time <= censored
+    time = np.minimum(time, censored)
+    x, targets = torch.from_numpy(feature), torch.from_numpy(np.stack([time, event], 1))
+    slope = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([slope], max_iter=20)
+    order = risk_set_order(time.tolist(), event.tolist(), slides_per_step=4, seed=0, epoch=0)
+
+    def sampled() -> torch.Tensor:
+        optimizer.zero_grad()
+        sets = [order[start : start + 4] for start in range(0, n, 4)]
+        loss = sum((cox_loss(slope * x[rows], targets[rows, 0], targets[rows, 1]) for rows in sets), torch.zeros(()))
+        loss.backward()
+        return loss
+
+    optimizer.step(sampled)
+    assert float(slope.detach()) == pytest.approx(truth, abs=0.12)
 
 
 # ---------------------------------------------------------------- orders

@@ -49,6 +49,9 @@ class Spy(SlideLabel):
     def on_epoch_start(self, epoch: int, infer: Callable[[], Iterable[tuple[Any, Any]]]) -> None:
         self.called.append("on_epoch_start")
 
+    def on_validation_start(self, infer: Callable[[], Iterable[tuple[Any, Any]]]) -> None:
+        self.called.append("on_validation_start")
+
     def after_backward(self) -> None:
         self.called.append("after_backward")
 
@@ -68,11 +71,13 @@ def test_every_hook_reaches_the_inner_objective(name):
     groups = objective.param_groups(model)
     assert list(objective.sampler(3) or ()) == [3]
     objective.on_epoch_start(0, lambda: [])
+    objective.on_validation_start(lambda: [])
     bags = BagBatch(torch.randn(9, 6), torch.tensor([0, 4, 9]), slide_ids=("a", "b"))
     losses = objective.losses(model, LabelledBags(bags, torch.tensor([0.0, 1.0])), 0.0)
     objective.after_backward()
     objective.after_step()
-    assert spy.called == ["prepare", "param_groups", "sampler", "on_epoch_start", "after_backward", "after_step"]
+    hooks = ["prepare", "param_groups", "sampler", "on_epoch_start", "on_validation_start", "after_backward", "after_step"]
+    assert spy.called == hooks
     assert "bag" in losses
     # the inner one's groups as it made them; every weight that learns in one group
     assert [group["lr"] for group in groups[:2]] == [1.0, 2.0]

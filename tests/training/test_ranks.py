@@ -40,7 +40,6 @@ def test_steps_of_all_ranks_together_are_the_steps(toy):
         return [[int(target) for piece in step for target in piece.targets] for step in steps]
 
     alone, one, other = seen(Ranks()), seen(Ranks(0, 2)), seen(Ranks(1, 2))
-    assert contents(Steps(slides, bags_per_step=7, limit=64, shuffle_seed=1, ranks=Ranks(1, 2)).whole()) == alone
     assert [len(step) for step in alone] == [7, 7, 7, 3]
     for whole, first, second in zip(alone, one, other, strict=True):
         assert sorted(whole) == sorted(first + second) and first and second

@@ -12,7 +12,9 @@ import pytest
 from wsimil.config import PredictConfig, Settings, SplitConfig, TrainConfig
 from wsimil.errors import ConfigError, UsageError
 from wsimil.prediction import predict
+from wsimil.task import Task
 from wsimil.training import load_model, train
+from wsimil.training.goals import build_objective
 from wsimil.training.model import recipe
 
 QUICK = TrainConfig(epochs=1, hidden=8, device="cpu")
@@ -121,6 +123,14 @@ def test_an_order_of_slides_that_the_task_cannot_have_is_refused(toy, tmp_path, 
     table.assign(label=[number / 7 for number in range(len(table))]).to_csv(tmp_path / "labels.csv", index=False)
     with pytest.raises(ConfigError, match=said):
         train(toy, tmp_path / "labels.csv", tmp_path / "run", settings=Settings(train=replace(QUICK, **changes)))
+
+
+def test_events_are_not_drawn_more_often_for_a_likelihood_of_the_cohort_as_it_is():
+    labels = ["1", "2+", "3", "4"]
+    with pytest.raises(ConfigError, match=r"balanced.*cox.*risk_set"):
+        build_objective(TrainConfig(sampling="balanced", loss="cox"), Task("survival", criterion="cox"), labels)
+    discrete = Task("survival", criterion="nll", intervals=(2.0, 4.0), horizons=(2.0,))
+    assert sorted(build_objective(TrainConfig(sampling="balanced"), discrete, labels).sampler(0) or ())
 
 
 def test_a_fold_that_is_gone_is_named(toy, tmp_path):

@@ -4,8 +4,9 @@
   loss of a step is that of the whole cohort at once.
 - A step's gradient is scaled to be, on average over the steps of an epoch, the gradient of the whole: a learning rate means the
   same as for losses that are means over slides.
-- In evaluation nothing is remembered, and every event is set against the training slides and itself alone: a validation loss does
-  not depend on batch mates.
+- A slide of validation is judged by what the training slides' likelihood loses or gains when it joins them, each by itself
+  (cross-validated partial likelihood: Verweij and van Houwelingen 1993), at the log-hazards that the judged weights give the
+  training slides. So its loss depends on nothing but these weights, and censored slides are judged, too.
 """
 
 from __future__ import annotations
@@ -33,22 +34,30 @@ class RiskBank(nn.Module):
         self.register_buffer("ids", torch.full((capacity,), -1, dtype=torch.int64))
         self.register_buffer("entries", torch.zeros(capacity, 3, dtype=torch.float64))  # log-hazard, time, event
         self.register_buffer("n_seen", torch.zeros((), dtype=torch.int64))
+        # risk, time, event of the training slides: no state, they are found anew before each validation
+        self._references: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def refer_to(self, risk: Tensor, targets: Tensor) -> None:
+        """Log-hazards (N,) and targets (N, 2) of all training slides, which slides of validation are set against from now on."""
+        self._references = risk.double(), targets[:, 0], targets[:, 1].double()
 
     def loss(self, risk: Tensor, targets: Tensor, slide_ids: Sequence[str], weights: Tensor | None = None) -> Tensor:
         """Mean negative log partial likelihood per event, of rows (M,) with targets (M, 2): time and event.
 
-        Several rows may be of one slide. Rows without slide ids are compared among themselves.
+        Several rows may be of one slide. Rows without slide ids are compared among themselves; so are those of validation as long
+        as there is nobody to `refer_to`.
         """
         time, event = targets.unbind(1)
-        if not slide_ids:
+        if not self.training and self._references is not None:
+            each = _left_out(risk.double(), time, event.double(), *self._references)
+            return (each if weights is None else each * weights).sum() / len(set(slide_ids) or risk)
+        if not slide_ids or not self.training:
             return cox_loss(risk, time, event, weights)
         others = self.entries[(self.ids >= 0) & ~torch.isin(self.ids, _hashed(slide_ids, self.ids.device))]
         if not len(others):
             return cox_loss(risk, time, event, weights)
         other_risk, other_time, other_event = others.to(time.dtype).unbind(1)
         other_risk = other_risk.to(risk.dtype)
-        if not self.training:
-            return _against(risk, time, event, weights, other_risk, other_time, other_event) / len(set(slide_ids))
         together = None if weights is None else torch.cat([weights, torch.ones_like(other_time)])
         whole = cox_loss(torch.cat([risk, other_risk]), torch.cat([time, other_time]), torch.cat([event, other_event]), together)
         n_rows = len(set(slide_ids))
@@ -74,15 +83,20 @@ class RiskBank(nn.Module):
         self.n_seen += new.sum()
 
 
-def _against(
-    risk: Tensor, time: Tensor, event: Tensor, weights: Tensor | None, other_risk: Tensor, other_time: Tensor, other_event: Tensor
-) -> Tensor:
-    """Each event against the others at risk and itself; summed over rows, over the share of events among the others."""
-    at_risk = torch.where(other_time >= time.unsqueeze(1), other_risk, -torch.inf)  # (M, N)
-    each = torch.logsumexp(torch.cat([risk.unsqueeze(1), at_risk], 1), 1) - risk
-    each = each * event if weights is None else each * event * weights
-    share = other_event.mean().clamp_min(1 / len(other_event))
-    return each.sum() / share
+def _left_out(risk: Tensor, time: Tensor, event: Tensor, others: Tensor, other_time: Tensor, other_event: Tensor) -> Tensor:
+    """What each row (M,) takes from the log likelihood of the others (N,) by joining them alone, over their share of events."""
+    order = torch.argsort(other_time, descending=True)
+    times = -other_time[order]  # from the latest, so ascending
+    sums = torch.cat([others.new_full((1,), -torch.inf), torch.logcumsumexp(others[order], 0)])  # of the first 0, 1, … N
+
+    def at_risk(at: Tensor) -> Tensor:
+        return sums[torch.searchsorted(times, -at, right=True)]
+
+    own = event * (torch.logaddexp(at_risk(time), risk) - risk)  # as an event, among those still at risk
+    struck = other_time[other_event > 0]
+    joined = torch.nn.functional.softplus(risk.unsqueeze(1) - at_risk(struck))  # as one more at risk: log(1 + e^risk / sum)
+    theirs = torch.where(struck <= time.unsqueeze(1), joined, 0.0).sum(1)
+    return (own + theirs) / other_event.mean().clamp_min(1 / len(other_event))
 
 
 def _hashed(slide_ids: Sequence[str], device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,12 @@ __all__ = ["SlideLabel"]
 class SlideLabel(Objective):
     """Loss of the bag's logits, of `extra_logits` at their weights, and the aggregator's own penalties.
 
-    Where the loss compares slides (Cox), those of earlier steps take part: see `RiskBank`.
+    Where the loss compares slides (Cox), those of earlier steps take part, unless each step is a set at risk of its own (nested
+    case-control sampling, Thomas 1977): see `RiskBank`.
 
     Args:
         order: epoch → order of the training slides (see `samplers`); None leaves it to the loop.
+        own_sets: every step is a set at risk of its own; for losses that compare slides.
         bag_weight, extra_weight: of the loss of the bag, and of all extra logits beside their own weights (DSMIL's paper: ½, ½).
     """
 
@@ -31,17 +33,23 @@ class SlideLabel(Objective):
         task: Task,
         *,
         order: Callable[[int], Iterable[int]] | None = None,
+        own_sets: bool = False,
         bag_weight: Annotated[float, Range(0)] = 1.0,
         extra_weight: Annotated[float, Range(0)] = 1.0,
     ) -> None:
         super().__init__()
-        self.task, self.order = task, order
+        self.task, self.order, self.own_sets = task, order, own_sets
         self.bag_weight, self.extra_weight = bag_weight, extra_weight
         self.bank = RiskBank() if task.compares_slides else None
         self.per_bag = self.bank is None
 
     def sampler(self, epoch: int) -> Iterable[int] | None:
         return None if self.order is None else self.order(epoch)
+
+    def on_validation_start(self, infer: Callable[[], Iterable[tuple[Any, Any]]]) -> None:
+        if self.bank is not None:
+            said = [(output.logits[:, 0], batch.targets) for batch, output in infer()]
+            self.bank.refer_to(*map(torch.cat, zip(*said, strict=True)))
 
     def losses(self, model: nn.Module, batch: LabelledBags, progress: float) -> dict[str, Tensor]:
         return self.losses_of(model(batch.bags), batch)
@@ -53,7 +61,7 @@ class SlideLabel(Objective):
         for extra in output.extra_logits:
             weight = self.extra_weight * extra.weight
             parts.append((extra.name, weight * self._loss(extra.logits, batch, extra.bag_index)))
-        if self.bank is not None:
+        if self.bank is not None and not self.own_sets:
             self.bank.remember(output.logits[:, 0].detach(), batch.targets, batch.bags.slide_ids)
         losses: dict[str, Tensor] = {}
         for name, loss in (*parts, *output.penalties.items()):
@@ -67,7 +75,7 @@ class SlideLabel(Objective):
         # the rows of a slide stand for one slide, however many they are: of a small bag there are fewer pseudo-bags
         share = 1 / torch.bincount(rows, minlength=len(batch.targets))[rows].to(logits.dtype)
         weights = share if weights is None else share * weights
-        if self.bank is None:
+        if self.bank is None or (self.own_sets and self.training):
             return self.task.loss(logits, targets, weights * (len(rows) / len(batch.targets)))
         names = tuple(batch.bags.slide_ids[row] for row in rows.tolist()) if batch.bags.slide_ids else ()
         return self.bank.loss(logits[:, 0], targets, names, weights)

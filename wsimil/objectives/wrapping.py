@@ -38,6 +38,9 @@ class Wrapping(Objective):
     def on_epoch_start(self, epoch: int, infer: Callable[[], Iterable[tuple[Any, Any]]]) -> None:
         self.inner.on_epoch_start(epoch, infer)
 
+    def on_validation_start(self, infer: Callable[[], Iterable[tuple[Any, Any]]]) -> None:
+        self.inner.on_validation_start(infer)
+
     def losses(self, model: nn.Module, batch: Any, progress: float) -> dict[str, Tensor]:
         return self.inner.losses(model, batch, progress)
 

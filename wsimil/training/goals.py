@@ -47,11 +47,12 @@ def build_objective(config: TrainConfig, task: Task, labels: Sequence[str]) -> O
         raise ConfigError(f"objective {name!r} is unknown{nearest(name, OBJECTIVES)} (known: {', '.join(OBJECTIVES)})")
     options = checked_options(OBJECTIVES[name], config.options_of("objective_options"), f"objective {name}")
     order = _order(config, task, labels)
+    own_sets = config.sampling == "risk_set"
     try:
         if name == "slide_label":
-            return SlideLabel(task, order=order, **options)
+            return SlideLabel(task, order=order, own_sets=own_sets, **options)
         given = {key: getattr(config, key) for key in _SETTINGS.get(name, ())}
-        return OBJECTIVES[name](SlideLabel(task, order=order), **given, **options)
+        return OBJECTIVES[name](SlideLabel(task, order=order, own_sets=own_sets), **given, **options)
     except TypeError as error:
         if not options:
             raise
@@ -62,6 +63,11 @@ def _order(config: TrainConfig, task: Task, labels: Sequence[str]) -> Callable[[
     if config.sampling == "balanced":
         if task.has_values:
             raise ConfigError(f"train.sampling is balanced, which is for classes and events; the task is {task.kind}")
+        if task.compares_slides:
+            raise ConfigError(
+                "train.sampling is balanced, and train.loss is cox, whose likelihood is that of the cohort as it is: with events "
+                "drawn more often it would be another one; take sampling risk_set (an event in every step), or loss nll"
+            )
         strata = [task.strata(label) for label in labels]
         return lambda epoch: balanced_order(strata, seed=config.seed, epoch=epoch)
     if config.sampling == "risk_set":

@@ -210,10 +210,10 @@ class Steps:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def whole(self) -> Steps:
-        """The same steps with the bags of all ranks."""
+    def every(self) -> Steps:
+        """Each slide once, in the order given, on all ranks; of tiles that are drawn those of the first epoch: always the same."""
         steps = copy.copy(self)
-        steps.ranks = ALONE
+        steps.ranks, steps.shuffle_seed, steps.order, steps.epoch = ALONE, None, lambda epoch: None, 0
         return steps
 
     def plan(self, epoch: int) -> list[list[int]]:

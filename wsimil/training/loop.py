@@ -115,17 +115,25 @@ class Loop(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         if self.ranks.count > 1:  # coins of their own for the ranks, and the same again in a run that goes on
             torch.manual_seed(int(hash_of([self.seed, self.current_epoch, self.ranks.rank])[:8], 16))
-        self.objective.on_epoch_start(self.current_epoch, self._infer)
+        self.objective.on_epoch_start(self.current_epoch, lambda: self._infer(self.model))
+
+    def on_validation_epoch_start(self) -> None:
+        self.objective.on_validation_start(lambda: self._infer(self.objective.kept_model(self.model)))
 
     @torch.no_grad()
-    def _infer(self) -> Iterator[tuple[Any, Any]]:
-        """Every training batch and what the model, as it is, says of it."""
-        self.model.eval()
-        steps: Any = self.trainer.train_dataloader or ()
-        for batch in steps.whole() if isinstance(steps, Steps) else steps:
-            for piece in _pieces(self.transfer_batch_to_device(batch, self.device, 0)):
-                yield piece, self.model(piece.bags if isinstance(piece, LabelledBags) else piece)
-        self.model.train()
+    def _infer(self, model: nn.Module) -> Iterator[tuple[Any, Any]]:
+        """Every training item, in batches, and what a model says of them in eval mode."""
+        was_training = model.training
+        model.eval()
+        try:
+            steps: Any = self.trainer.train_dataloader or ()
+            for batch in steps.every() if isinstance(steps, Steps) else steps:
+                for piece in _pieces(self.transfer_batch_to_device(batch, self.device, 0)):
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                        output = model(piece.bags if isinstance(piece, LabelledBags) else piece)
+                    yield piece, output
+        finally:
+            model.train(was_training)
 
     def _loss(self, piece: Any) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
