@@ -304,6 +304,13 @@ def test_intervals_hold_equally_many_events():
     assert Task("survival").fitted(events, TrainConfig(loss="cox")).n_outputs == 1
 
 
+@pytest.mark.parametrize(("times", "bins"), [((1, 2), 4), ((1, 2, 3, 50), 8), ((4, 4, 9, 9, 9, 30), 5)])
+def test_no_interval_is_without_an_event(times, bins):
+    task = Task("survival").fitted([*map(str, times), "99+"], TrainConfig(time_bins=bins))
+    held = np.histogram(np.array(times) - 0.001, [0, *task.intervals])[0]  # an interval holds its upper end
+    assert (held > 0).all() and len(held) == len(task.intervals) > 1
+
+
 def test_equal_times_make_fewer_intervals():
     task = Task("survival").fitted(["3", "3", "3", "3", "7", "9+"], TrainConfig())
     assert 1 <= task.n_outputs < 4 and list(task.intervals) == sorted(set(task.intervals))

@@ -172,10 +172,14 @@ class Aggregator(nn.Module):
                 f"features are {bags.features.shape[1]} wide, {type(self).__name__} takes {self.dim}; "
                 "the bags come from another encoder than the model's"
             )
-        if self.needs_coords and (bags.coords_um is None or bags.tile_um is None):
-            raise AggregatorInputError(
-                f"{type(self).__name__} needs the position of each tile, and these bags carry none (coords_um, tile_um)"
-            )
+        if self.needs_coords:
+            places, sides = bags.coords_um, bags.tile_um
+            if places is None or sides is None:
+                raise AggregatorInputError(
+                    f"{type(self).__name__} needs the position of each tile, and these bags carry none (coords_um, tile_um)"
+                )
+            if not bool(places.isfinite().all() & sides.isfinite().all() & (sides > 0).all()):
+                raise AggregatorInputError(f"{type(self).__name__} needs finite coords_um, and a tile_um above 0 for every bag")
         return bags
 
 

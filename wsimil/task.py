@@ -504,6 +504,7 @@ def _with_intervals(task: Task, labels: Sequence[str], validation: Sequence[str]
     inner = np.unique(np.quantile(struck, np.linspace(0, 1, n_intervals + 1)[1:-1]))
     end = max(time for time, _ in seen)
     inner = inner[(inner > 0) & (inner < max(struck))]  # the last one holds an event, too
+    inner = inner[np.diff(np.searchsorted(np.sort(struck), inner, side="right"), prepend=0) > 0]  # and so does every other
     return replace(task, intervals=(*map(float, inner), float(end)))
 
 

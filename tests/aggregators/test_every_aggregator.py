@@ -147,6 +147,11 @@ def test_bags_without_places_are_used_or_refused_as_declared(name):
     if model.needs_coords:
         with pytest.raises(AggregatorInputError, match="needs the position"):
             model(bare)
+        batch = make_batch(3, 4)
+        assert batch.coords_um is not None and batch.tile_um is not None
+        for wrong in ({"coords_um": batch.coords_um * torch.nan}, {"tile_um": batch.tile_um * 0}):
+            with pytest.raises(AggregatorInputError, match="finite coords_um, and a tile_um above 0"):
+                model(replace(batch, **wrong))
     else:
         assert model(bare).logits.isfinite().all()
 

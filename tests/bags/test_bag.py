@@ -241,7 +241,7 @@ def spoil(path: Path, name: str, values: object) -> None:
         ("features", None, "no dataset `features`"),
         ("coords", None, "no dataset `coords`"),
         ("valid", None, "no dataset `valid`"),
-        ("features", np.ones(40, np.float16), r"expected \(40, 'D'\)"),
+        ("features", np.ones(40, np.float16), r"expected \(40, D\)"),
         ("features", np.ones((40, 6, 1), np.float16), r"shape \(40, 6, 1\)"),
         ("features", np.ones((39, 6), np.float16), r"shape \(40, 2\), expected \(39, 2\)"),
         ("features", np.float16(1), "shape"),

@@ -321,7 +321,7 @@ def test_large_numbers_are_numbers(folder, dtype, large):
 
 def test_a_fingerprint_changes_with_what_the_bag_was_made_of(folder):
     before = BagFolder(folder).fingerprint("a")
-    for changes in ({"recipe_hash": "other"}, {"slide_fingerprint": "other"}):
+    for changes in ({"recipe_hash": "other"}, {"slide_fingerprint": "other"}, {"invalid": 2}):
         write(folder, make_bag("a", 5, **changes))
         assert BagFolder(folder).fingerprint("a") != before
     write(folder, make_bag("a", 5, wsimil_version="other"))
@@ -336,3 +336,22 @@ def test_a_foreign_bag_is_known_by_its_content(tmp_path):
             content["coords"] = np.zeros((3, 2), int)
         seen.add(BagFolder(tmp_path).fingerprint("a"))
     assert len(seen) == 2
+
+
+def test_a_foreign_bag_that_was_written_again_in_its_middle_is_another(tmp_path):
+    features = np.random.default_rng(0).normal(size=(2000, 384)).astype(np.float32)
+    fingerprints = set()
+    for filled in (False, True):
+        with h5py.File(tmp_path / "a.h5", "w") as content:
+            rows = content.create_dataset("features", data=features)
+            content["coords"] = np.zeros((len(features), 2), int)
+            if not filled:
+                rows[900:1100] = 0
+        fingerprints.add(BagFolder(tmp_path).fingerprint("a"))
+    assert len(fingerprints) == 2
+
+
+def test_tensors_beside_bags_are_not_passed_over_in_silence(folder):
+    for name in ("a", "new"):
+        (folder / f"{name}.pt").touch()
+    assert BagFolder(folder).remarks == ["1 *.pt files beside the *.h5 bags are passed over: put them into a folder of their own"]

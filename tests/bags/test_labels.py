@@ -91,7 +91,7 @@ def test_asked_columns_are_used_or_missed(table):
     labels = read_labels(path, LabelsConfig(target="her2"), group="case", site="centre")
     # without a column `patient` the group is the only owner that the table names
     assert rows(labels) == [("a", "C1", "C1", "x", "0"), ("b", "b", "b", "y", "1")]
-    for options, column in (({"group": "cases"}, "'cases'; did you mean case"), ({"site": "center"}, "'center'")):
+    for options, column in (({"group": "cases"}, "'cases'; did you mean case"), ({"group": "case", "site": "center"}, "'center'")):
         with pytest.raises(LabelsError, match=column):
             read_labels(path, LabelsConfig(target="her2"), **options)
 
@@ -108,6 +108,17 @@ def test_a_slide_without_a_patient_is_its_own(table):
     labels = read_labels(table("slide,patient,label\na,,x\nb,NA,y\nc,P,x\n"), CONFIG)
     assert labels["patient"].tolist() == ["a", "b", "P"]  # not one patient called NA
     assert read_labels(table("slide,label\na,x\n"), CONFIG)["patient"].tolist() == ["a"]
+
+
+@pytest.mark.parametrize("column", ["Patient", "PATIENT", "patient_id", "case_id", "Case ID", "bcr_patient_barcode"])
+def test_a_column_that_looks_like_the_patients_is_not_passed_over(table, column):
+    path = table(f"slide,{column},hospital,label\na,P,A,x\nb,P,B,y\n")
+    for group in ("patient", "hospital"):
+        with pytest.raises(LabelsError, match=f"column '{column}' looks like the patients.*rename it"):
+            read_labels(path, CONFIG, group=group)
+    assert read_labels(path, CONFIG, group=column)["patient"].tolist() == ["P", "P"]
+    assert read_labels(path, CONFIG, group="slide")["patient"].tolist() == ["a", "b"]
+    assert read_labels(table("slide,patient,case_id,label\na,P,1,x\n"), CONFIG)["patient"].tolist() == ["P"]
 
 
 def test_missing_labels_are_empty_and_none_is_a_class(table):
@@ -367,6 +378,7 @@ def test_tasks_that_must_be_asked_for(values, config, task):
     [
         (("low", "high"), LabelsConfig(task="ordinal"), "say which is lower: --order high low"),
         (("low", "high"), LabelsConfig(order=("low", "top")), "--order lacks 'high'"),
+        (("low", "high"), LabelsConfig(order=("low", "high", "low")), "--order has 'low' twice"),
         (("0.5", "130"), LabelsConfig(task="proportion"), "runs from 0.5 to 130"),
         (("3+", "4+"), LabelsConfig(time="t", event="e"), "no slide has an event"),
         (("a=1;b=0;c=0",), LabelsConfig(target=("a", "b", "c"), task="binary"), "3 targets are not two classes"),
@@ -408,6 +420,8 @@ def test_accents_are_one_name_however_they_are_typed(table):
     composed, split = "Jos\u00e9", "Jose\u0301"
     labels = read_labels(table(f"slide,patient,label\na,{composed},caf\u00e9\nb,{split},cafe\u0301\n"), CONFIG)
     assert set(labels["patient"]) == {composed} and labels["label"].nunique() == 1
+    alone = read_labels(table(f"slide,label\n{split},x\n"), CONFIG)
+    assert (alone["slide"].item(), alone["patient"].item()) == (split, composed)
 
 
 def test_patients_that_a_table_does_not_name_may_be_left_to_others(table):

@@ -105,7 +105,7 @@ AGGREGATORS: dict[str, AggregatorEntry] = {
         R2T,
         "tiles re-embedded within and between regions, in file order",
         "Tang 2024, arXiv 2402.17228",
-        "verified, with compat=true",
+        "verified, with compat=true and regions=8",
     ),
     "transformer": AggregatorEntry(
         TransformerMIL,

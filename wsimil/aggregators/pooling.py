@@ -56,7 +56,7 @@ class TopK:
     def _per_bag(self, values: Tensor, bags: BagBatch) -> list[tuple[Tensor, Tensor]]:
         """Of each bag: the k largest of every column (k, K), and their rows in the bag."""
         parts = _wide(values).split(bags.sizes.tolist())
-        counts = [math.ceil(self.k * len(part) - 1e-9) if self.k < 1 else min(int(self.k), len(part)) for part in parts]
+        counts = [max(1, math.ceil(self.k * len(part) - 1e-9)) if self.k < 1 else min(int(self.k), len(part)) for part in parts]
         return [part.topk(count, dim=0) for part, count in zip(parts, counts, strict=True)]
 
     def __call__(self, values: Tensor, bags: BagBatch) -> Tensor:

@@ -7,6 +7,7 @@ Luo et al. 2025 (nnMIL, arXiv 2511.14907).
   `hidden` of them, which for a width of 256 or less drops nothing and is plain attention).
 - Prediction averages over parts that follow from a permutation kept with the weights. The classifier is linear, so the mean of
   the parts' logits is the logit of their mean attention: computed once, with exact contributions.
+- Of log-hazards (Cox) the mean is taken, too; the authors take the logarithm of the mean hazard, of which no tile has a share.
 - Which tiles of a slide are seen in an epoch is the data set's business, and packed bags have no padding to attend to.
 """
 

@@ -36,11 +36,9 @@ def neighbours(bags: BagBatch) -> tuple[Tensor, Tensor]:
     Tiles are sorted into cells of 1.5 sides, and each looks through its own and the eight cells around: O(N).
 
     Raises:
-        AggregatorInputError: a tile without a size, or so many tiles in one place that the positions must be wrong.
+        AggregatorInputError: so many tiles in one place that the positions must be wrong.
     """
     assert bags.coords_um is not None and bags.tile_um is not None  # `Aggregator.check` made sure
-    if not bool((bags.tile_um > 0).all() & bags.coords_um.isfinite().all()):
-        raise AggregatorInputError("tile_um must be positive and coords_um finite to find neighbouring tiles")
     bag = bags.bag_index
     coords = bags.coords_um / bags.tile_um[bag].unsqueeze(1)  # (ΣN, 2) in sides of a tile
     cells = (coords / REACH).floor().long()

@@ -151,7 +151,7 @@ class TransMIL(Aggregator):
         self.dim, self.n_outputs, self.needs_coords = dim, n_outputs, tile_order == "coords"
         self.project = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
         self.class_token = nn.Parameter(torch.randn(1, hidden))
-        landmarks = hidden // 2 if attention == "nystrom" else None
+        landmarks = max(1, hidden // 2) if attention == "nystrom" else None
         self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
         self.attend1 = NystromAttention(hidden, heads=heads, landmarks=landmarks, dropout=attention_dropout)
         self.attend2 = NystromAttention(hidden, heads=heads, landmarks=landmarks, dropout=attention_dropout)

@@ -242,7 +242,8 @@ def _header(path: Path, file: Any) -> BagHeader:
             what = "coordinates only; `wsimil extract --coords` makes a bag of them" if only else "it is no bag of features"
             raise BagFormatError(f"{path}: no dataset `{name}`; {what}")
     parts = {name: file[name] for name in ("features", "coords", "valid") if name in file}
-    _check_parts(path, parts | (_qc_parts(file["qc"]) if "qc" in file else {}))
+    cure = "delete it and extract again" if ours else "write it again so"
+    _check_parts(path, parts | (_qc_parts(file["qc"]) if "qc" in file else {}), cure=cure)
     if not ours:
         attributes = _trident_attributes(path, file) | attributes
     if "n_invalid" not in attributes:
@@ -319,7 +320,7 @@ def _qc_parts(qc: Any) -> dict[str, Any]:
     return {f"qc/{name}": values for name, values in qc.items()}
 
 
-def _check_parts(path: Path, parts: Mapping[str, Any]) -> None:
+def _check_parts(path: Path, parts: Mapping[str, Any], *, cure: str = "delete it and extract again") -> None:
     """Arrays or datasets that make a bag: numbers of the right kind, as many rows as the first, every value there."""
     rows = None
     for name, part in parts.items():
@@ -330,8 +331,9 @@ def _check_parts(path: Path, parts: Mapping[str, Any]) -> None:
         expected = (*rows, *{"features": part.shape[1:2] or ("D",), "coords": (2,)}.get(name, ()))
         wrong = ""
         if part.shape != expected:
-            wrong = f"has shape {part.shape}, expected {expected}"
+            named = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
+            wrong = f"has shape {part.shape}, expected ({named})"
         elif not isinstance(part, np.ndarray) and not is_whole(part):
             wrong = "is not wholly in the file"
         if wrong:
-            raise BagFormatError(f"{path}: {name} {wrong}; delete it and extract again")
+            raise BagFormatError(f"{path}: {name} {wrong}; {cure}")

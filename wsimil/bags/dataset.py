@@ -79,6 +79,7 @@ class BagFolder:
         cache_bytes: int = 4 << 30,
     ) -> None:
         self.filter = filter
+        self._passed_over = 0
         if foreign := find_foreign(Path(folder)):
             layout, paths = foreign
             self.folder = Path(folder)
@@ -86,6 +87,7 @@ class BagFolder:
         else:
             self.folder = find_features_folder(folder)
             headers = [read_header(path) for path in sorted(self.folder.glob("*.h5")) if not path.name.startswith(".")]
+            self._passed_over = len({path.stem for path in self.folder.glob("*.pt")} - {header.path.stem for header in headers})
         if only is not None:
             headers = [header for header in headers if header.slide_id in only]
         if not headers:
@@ -123,7 +125,10 @@ class BagFolder:
     def remarks(self) -> list[str]:
         """What had to be assumed, or is not known, of bags of other programs: a line for each, with the number of slides."""
         texts = Counter(remark for header in self.headers.values() for remark in header.remarks)
-        return [f"{count} of {len(self.headers)} bags: {text}" for text, count in texts.items()]
+        said = [f"{count} of {len(self.headers)} bags: {text}" for text, count in texts.items()]
+        if self._passed_over:
+            said.append(f"{self._passed_over} *.pt files beside the *.h5 bags are passed over: put them into a folder of their own")
+        return said
 
     @property
     def encoder(self) -> tuple[str, str]:
@@ -151,9 +156,13 @@ class BagFolder:
     def fingerprint(self, slide_id: str) -> str:
         """What the bag was made of: changes when the slide or the recipe does."""
         header = self.headers[slide_id]
-        if "recipe_hash" not in header.attributes:  # another program's bag: its content has to speak
-            return fingerprint([header.path])
-        return f"{header.attributes.get('slide_fingerprint', '')}:{header.attributes['recipe_hash']}:{header.n_tiles}"
+        said, path = header.attributes, header.path
+        if "recipe_hash" not in said:  # another program's bag: its content has to speak
+            # HDF5 ends with no checksum: rows that were written again show in its time alone
+            written = f":{path.stat().st_mtime_ns}" if path.suffix in (".h5", ".hdf5") else ""
+            return fingerprint([path]) + written
+        unread = f":{said['n_invalid']}" if said.get("n_invalid") else ""
+        return f"{said.get('slide_fingerprint', '')}:{said['recipe_hash']}:{header.n_tiles}{unread}"
 
     def read(self, slide_id: str) -> Bag:
         """The bag as stored, compared with its checksums. Raises BagFormatError if it differs, or its file was replaced."""

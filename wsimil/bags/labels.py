@@ -34,6 +34,8 @@ _MISSING = ("", "na", "n/a", "#n/a", "nan", "null")  # not "none": that is what 
 _MAX_INTEGER_CLASSES = 20
 _NOTHING = ("none", "-")
 """A cell of a multi-label column that says: looked at, and none of them."""
+_OWNERS = ("patient", "patients", "patientid", "patientname", "case", "caseid", "subject", "subjectid", "bcrpatientbarcode")
+"""What others call the column `patient`, in small letters alone."""
 _YES, _NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 
 
@@ -57,7 +59,7 @@ def read_labels(
     several knows besides those in it.
 
     Raises:
-        LabelsError: no such file or column, a slide without a name.
+        LabelsError: no such file or column, a slide without a name, a column that seems to name patients and is not called so.
     """
     table = read_table(path, LabelsError)
     if config.event is not None and "censor" in config.event.lower():
@@ -71,6 +73,7 @@ def read_labels(
     asked = {"slide", *truth, group, site, test} - {"patient", None}
     for column in sorted(filter(None, asked)):
         require_column(path, table, column, LabelsError)
+    _check_owner(path, table, group)
     table = table.where(~table.apply(lambda cells: cells.str.lower()).isin(_MISSING), "")
     slides = table["slide"]
     table = table.map(composed)  # `José` is one patient, however it is typed; slides keep the bytes of their file names
@@ -78,7 +81,7 @@ def read_labels(
         raise LabelsError(f"{path}, line {slides.index[slides == ''][0]}: the slide is empty")
     nobody = pd.Series("", table.index, dtype=str)
     named = table.get("patient", nobody if group == "patient" else table[group])  # the only owner that such a table names
-    patients = named.where(named != "", slides)
+    patients = named.where(named != "", slides.map(composed))
     return pd.DataFrame(
         {
             "slide": slides,
@@ -89,6 +92,16 @@ def read_labels(
             **({} if test is None else {"official": table[test].str.lower()}),
         }
     ).reset_index(drop=True)
+
+
+def _check_owner(path: str | Path, table: Table, group: str) -> None:
+    """Folds would tear patients apart whose column is not known as such."""
+    if "patient" in table or group == "slide":
+        return
+    owner = next((column for column in table if re.sub("[^a-z]", "", column.lower()) in _OWNERS), None)
+    if owner not in (None, group):
+        say_so = "" if group != "patient" else f", or pass --group {owner} (--group slide: every slide is a patient of its own)"
+        raise LabelsError(f"{path}: column {owner!r} looks like the patients, and none is called patient: rename it{say_so}")
 
 
 def _joined(patients: Table, groups: Table) -> list[str]:
@@ -360,6 +373,8 @@ def _ordered(values: list[str], config: LabelsConfig) -> tuple[str, ...]:
     """Grades from low to high: as `--order` says, else by number. A grade that no slide has keeps its place."""
     target = " ".join(config.target)
     if config.order:
+        if twice := next((value for value in config.order if config.order.count(value) > 1), None):
+            raise LabelsError(f"--order has {twice!r} twice ({', '.join(config.order)})")
         unknown = [value for value in values if value not in config.order]
         if unknown:
             raise LabelsError(f"--order lacks {unknown[0]!r}, a value of {target!r} ({', '.join(values)})")

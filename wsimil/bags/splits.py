@@ -238,7 +238,7 @@ def read_splits(path: str | Path) -> Table:
         raise SplitsError(f"{path}, line {bad.idxmax()}: fold {splits['fold'][bad].iloc[0]!r} is not a number")
     splits = splits.assign(
         fold=folds.astype(int),
-        patient=splits["patient"].map(composed).where(splits["patient"] != "", splits["slide_id"]),
+        patient=splits["patient"].where(splits["patient"] != "", splits["slide_id"]).map(composed),
         site=splits.get("site", ""),
         split=splits["split"].str.lower(),
     )
@@ -276,6 +276,6 @@ def _checked(path: Path, splits: Table) -> Table:
 
 
 def splits_hash(splits: Table) -> str:
-    """SHA-256 of the sorted rows."""
-    rows = sorted(json.dumps([str(value).strip() for value in row]) for row in splits[COLUMNS].itertuples(index=False))
+    """SHA-256 of the sorted rows, as they are when written and read: without spaces around, letters with their accents as one."""
+    rows = sorted(json.dumps([composed(str(value).strip()) for value in row]) for row in splits[COLUMNS].itertuples(index=False))
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
