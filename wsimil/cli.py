@@ -418,8 +418,10 @@ def _encoders(arguments: argparse.Namespace, settings: Settings, say: Callable[[
 
 def _aggregators(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
     from wsimil.aggregators.listing import aggregator_rows, describe_aggregators
+    from wsimil.training.listing import describe_objectives, objective_rows
 
-    print(json.dumps(aggregator_rows()) if arguments.json else describe_aggregators(), flush=True)
+    rows = [*aggregator_rows(), *objective_rows()]
+    print(json.dumps(rows) if arguments.json else f"{describe_aggregators()}\n\n{describe_objectives()}", flush=True)
     return 0
 
 
@@ -644,7 +646,7 @@ COMMANDS: dict[str, Command] = {
         ((("path",), {"metavar": "BAGS", "help": "folder of bags of any layout"}), _JSON),
     ),
     "encoders": Command("encoders that --encoder knows by name", "wsimil encoders", _encoders, (_JSON,)),
-    "aggregators": Command("aggregators that --aggregator knows", "wsimil aggregators", _aggregators, (_JSON,)),
+    "aggregators": Command("aggregators and objectives that `train` knows", "wsimil aggregators", _aggregators, (_JSON,)),
     "doctor": Command(
         "what this installation has, and what is missing for an encoder",
         "wsimil doctor --encoder uni2-h",

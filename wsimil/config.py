@@ -253,7 +253,8 @@ class TrainConfig:
     aggregator_options: tuple[str, ...] = option((), "settings of the aggregator's own: name=value …")
     objective: str = option(
         "auto",
-        "auto: what the aggregator's paper minimises; slide_label | clam_instances | mhim | attention_entropy | averaged_weights",
+        "auto: what the aggregator's paper minimises; slide_label | clam_instances | mhim | attention_entropy | averaged_weights; "
+        "joined by +, each around those before it: auto+averaged_weights",
     )
     objective_options: tuple[str, ...] = option((), "settings of the objective's own: name=value …")
     lr: float = option(1e-3, "peak learning rate: linear warm-up, then half a cosine")

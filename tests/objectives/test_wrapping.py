@@ -97,7 +97,7 @@ def test_balanced_sampling_reaches_every_objective(name):
 def test_an_option_is_refused_by_name_or_the_objective_takes_a_step(name, value):
     bags = BagBatch(torch.randn(9, 6), torch.tensor([0, 4, 9]), slide_ids=("a", "b"))
     batch = LabelledBags(bags, torch.tensor([0.0, 1.0]))
-    arguments = inspect.signature(OBJECTIVES[name]).parameters.values()
+    arguments = inspect.signature(OBJECTIVES[name].make).parameters.values()
     options = {one.name: one.default for one in arguments if isinstance(one.default, bool | int | float) and one.name != "seed"}
     assert options
     for option, default in options.items():

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from wsimil.config import Settings, SplitConfig, TrainConfig
 from wsimil.errors import ConfigError, SplitsError
 from wsimil.files import read_json, write_json
 from wsimil.hdf5 import Dataset, read_attributes, write_hdf5
-from wsimil.objectives import ClamInstances, SlideLabel
+from wsimil.objectives import AttentionEntropy, AveragedWeights, ClamInstances, SlideLabel
 from wsimil.prediction import predict
 from wsimil.settings import read_settings
 from wsimil.task import Task
@@ -306,6 +307,26 @@ def test_an_aggregator_meets_the_objective_of_its_paper():
     assert isinstance(build_objective(TrainConfig(aggregator="clam_sb"), Task("regression"), ["1", "2"]), SlideLabel)
     with pytest.raises(ConfigError, match="clam_instances"):
         build_objective(TrainConfig(objective="clam_instance"), TASK, labels)
+
+
+def test_objectives_are_joined_each_around_those_before_it():
+    config = TrainConfig(aggregator="clam_sb", objective="auto+attention_entropy+averaged_weights", hidden=8)
+    config = replace(config, objective_options=("k=3", "weight=0.2", "decay=0.5", "extra_weight=0.7"))
+    outer: Any = build_objective(config, TASK, ["neg", "pos"])
+    assert [type(one) for one in (outer, outer.inner, outer.inner.inner)] == [AveragedWeights, AttentionEntropy, ClamInstances]
+    assert (outer.decay, outer.inner.weight, outer.inner.inner.k) == (0.5, 0.2, 3)
+    assert outer.inner.inner.slide_label.extra_weight == 0.7
+    for objective, said in {
+        "averaged_weights+clam_instances": "stands first",
+        "mhim+mhim": "twice",
+        "auto+averaged_weight": "did you mean averaged_weights",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            build_objective(replace(config, objective=objective), TASK, ["neg", "pos"])
+    with pytest.raises(ConfigError, match=r"no option decays.*did you mean decay"):
+        build_objective(replace(config, objective_options=("decays=0.5",)), TASK, ["neg", "pos"])
+    with pytest.raises(ConfigError, match="no option own_sets"):
+        build_objective(replace(config, objective_options=("own_sets=true",)), TASK, ["neg", "pos"])
 
 
 def test_balanced_sampling_takes_the_place_of_weights(toy, tmp_path):

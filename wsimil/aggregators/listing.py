@@ -10,7 +10,7 @@ from typing import Any
 
 from wsimil.aggregators import AGGREGATORS, AggregatorEntry
 
-__all__ = ["aggregator_rows", "aggregator_table", "describe_aggregators"]
+__all__ = ["aggregator_rows", "aggregator_table", "describe_aggregators", "options_text"]
 
 _OF_ALL = ("dim", "n_outputs", "hidden", "dropout")
 """What every aggregator takes; `train` sets them."""
@@ -25,6 +25,7 @@ def _row(name: str, entry: AggregatorEntry) -> dict[str, Any]:
     model = entry.make(8, 2, hidden=64, dropout=0.0)
     parameters = inspect.signature(entry.make).parameters.values()
     return {
+        "kind": "aggregator",
         "name": name,
         "summary": entry.summary,
         "paper": entry.paper,
@@ -35,7 +36,8 @@ def _row(name: str, entry: AggregatorEntry) -> dict[str, Any]:
     }
 
 
-def _options(row: dict[str, Any]) -> str:
+def options_text(row: dict[str, Any]) -> str:
+    """`name=value …` of a row, as the command line takes them."""
     return " ".join(f"{name}={_yaml(value)}" for name, value in row["options"].items())
 
 
@@ -54,7 +56,7 @@ def describe_aggregators() -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     text = [lines[0]]
     for line, row in zip(lines[1:], rows, strict=True):
-        options = _options(row)
+        options = options_text(row)
         text += [line, f"  {row['paper']}; parity {row['parity']}" + (f"; {options}" if options else "")]
     return "\n".join(
         [
@@ -71,7 +73,7 @@ def aggregator_table() -> str:
     lines = ["| `--aggregator` | what it is | paper | parity | contributions | own settings |", "|---|---|---|---|---|---|"]
     for row in aggregator_rows():
         places = "; needs coordinates" if row["needs_coords"] else ""
-        options = _options(row)
+        options = options_text(row)
         facts = (f"`{row['name']}`", row["summary"] + places, row["paper"], row["parity"], row["contributions"] or "none")
         lines.append(f"| {' | '.join(facts)} | {f'`{options}`' if options else ''} |")
     return "\n".join(lines)

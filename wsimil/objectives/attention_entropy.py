@@ -41,7 +41,8 @@ class AttentionEntropy(Wrapping):
             return losses
         bags, output = heard[0] if heard else (batch.bags, None)
         if output is None or output.attention_logits is None:
-            raise ConfigError(f"{type(model).__name__} gives no attention_logits; AttentionEntropy has nothing to spread")
+            named = type(getattr(model, "inner", model)).__name__  # of a wrapper, what is in it
+            raise ConfigError(f"{named} gives no attention_logits; the objective attention_entropy has nothing to spread")
         weight = self.weight * (1 + math.cos(math.pi * progress)) / 2
         return losses | {"entropy": -weight * attention_entropy(output.attention_logits, bags)}
 

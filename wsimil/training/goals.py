@@ -1,4 +1,4 @@
-"""Which objective a run minimises: slide labels, or what an aggregator's paper adds to them.
+"""Which objective a run minimises: slide labels, what an aggregator's paper adds to them, and what may be put around that.
 
 To add an objective: write its file in `wsimil/objectives/`, add its line to `OBJECTIVES`, and to `PREFERRED` where an aggregator
 asks for it.
@@ -6,7 +6,10 @@ asks for it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from wsimil.batch import Objective
 from wsimil.config import TrainConfig
@@ -16,22 +19,72 @@ from wsimil.objectives.samplers import balanced_order, risk_set_order
 from wsimil.settings import checked_options, nearest
 from wsimil.task import Task, survival_of
 
-__all__ = ["OBJECTIVES", "PREFERRED", "build_objective"]
+__all__ = ["OBJECTIVES", "PREFERRED", "ObjectiveEntry", "build_objective", "objectives_of"]
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "slide_label": SlideLabel,
-    "clam_instances": ClamInstances,
-    "mhim": MaskedHardInstances,
-    "attention_entropy": AttentionEntropy,
-    "averaged_weights": AveragedWeights,
+
+@dataclass(frozen=True)
+class ObjectiveEntry:
+    """How an objective is made: all but the slides' own loss around another."""
+
+    make: Callable[..., Objective]
+    summary: str
+    paper: str
+    parity: str  # against the authors' code on the same weights: verified | approximate, why | untested | own
+    settings: tuple[str, ...] = ()  # arguments that are settings of the training
+
+    def options(self) -> dict[str, Any]:
+        """What `--objective-options` may set, with defaults."""
+        parameters = inspect.signature(self.make).parameters.values()
+        named = (one for one in parameters if one.kind is one.KEYWORD_ONLY)
+        return {one.name: one.default for one in named if one.name not in (*self.settings, "order", "own_sets")}
+
+
+OBJECTIVES: dict[str, ObjectiveEntry] = {
+    "slide_label": ObjectiveEntry(SlideLabel, "the labels of the slides; inside of all others", "baseline", "own"),
+    "clam_instances": ObjectiveEntry(
+        ClamInstances,
+        "tiles judged as evidence for the class or not",
+        "Lu 2021, arXiv 2004.09666",
+        "verified",
+        settings=("hidden",),
+    ),
+    "mhim": ObjectiveEntry(
+        MaskedHardInstances,
+        "a teacher hides the tiles it finds easiest; needs attention and a bag embedding",
+        "Tang 2023, arXiv 2307.15254",
+        "verified: what is hidden and the loss; our teacher starts with the student",
+        settings=("seed",),
+    ),
+    "attention_entropy": ObjectiveEntry(
+        AttentionEntropy, "attention spread over many tiles, less and less", "AEM, Zhang 2024, arXiv 2406.15303", "untested"
+    ),
+    "averaged_weights": ObjectiveEntry(AveragedWeights, "a moving average of the weights is validated and kept", "baseline", "own"),
 }
-"""Name → class; all but the slides' own loss are made around it. Annotations say what options may be."""
-
-_SETTINGS = {"clam_instances": ("hidden",), "mhim": ("seed",)}
-"""Name → arguments that are settings of the training."""
+"""Name → objective. Annotations of the classes say what options may be."""
 
 PREFERRED = {"clam_sb": "clam_instances", "clam_mb": "clam_instances"}
 """Aggregator → objective of its paper, where it is not the slides' labels alone; for tasks of exclusive classes."""
+
+
+def objectives_of(config: TrainConfig, task: Task) -> tuple[str, ...]:
+    """Names of the objectives that the settings ask for, `slide_label` first, each around those before it.
+
+    Raises:
+        ConfigError: no such objective, one of them twice, or one that cannot stand where it stands.
+    """
+    asked = config.objective.split("+")
+    exclusive = task.kind in ("binary", "multiclass")
+    names = [PREFERRED.get(config.aggregator, "slide_label") if name == "auto" and exclusive else name for name in asked]
+    names = [name for name in names if name not in ("auto", "slide_label")]
+    for name in names:
+        if name not in OBJECTIVES:
+            raise ConfigError(f"objective {name!r} is unknown{nearest(name, OBJECTIVES)} (known: {', '.join(OBJECTIVES)})")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"objective {config.objective}: {twice} stands there twice")
+    if "clam_instances" in names[1:]:
+        raise ConfigError(f"objective {config.objective}: clam_instances looks at the slides' loss itself, so it stands first")
+    return "slide_label", *names
 
 
 def build_objective(config: TrainConfig, task: Task, labels: Sequence[str]) -> Objective:
@@ -40,23 +93,23 @@ def build_objective(config: TrainConfig, task: Task, labels: Sequence[str]) -> O
     Raises:
         ConfigError: no such objective, not its options, one of the wrong kind or out of range, or not for this task.
     """
-    name = config.objective
-    if name == "auto":
-        name = PREFERRED.get(config.aggregator, "slide_label") if task.kind in ("binary", "multiclass") else "slide_label"
-    if name not in OBJECTIVES:
-        raise ConfigError(f"objective {name!r} is unknown{nearest(name, OBJECTIVES)} (known: {', '.join(OBJECTIVES)})")
-    options = checked_options(OBJECTIVES[name], config.options_of("objective_options"), f"objective {name}")
-    order = _order(config, task, labels)
-    own_sets = config.sampling == "risk_set"
-    try:
+    names = objectives_of(config, task)
+    options, taken = config.options_of("objective_options"), {name: OBJECTIVES[name].options() for name in names}
+    for option, value in options.items():
+        if not any(option in own for own in taken.values()):
+            known = [option for own in taken.values() for option in own]
+            listed = f"{nearest(option, known)} (options: {', '.join(known)})"
+            raise ConfigError(f"objective {config.objective}: no option {option} (of {value}){listed}")
+    given: Any = (task,)
+    for name, own in taken.items():
+        entry = OBJECTIVES[name]
+        mine = {option: value for option, value in options.items() if option in own}
+        mine = checked_options(entry.make, mine, f"objective {name}")
+        mine |= {setting: getattr(config, setting) for setting in entry.settings}
         if name == "slide_label":
-            return SlideLabel(task, order=order, own_sets=own_sets, **options)
-        given = {key: getattr(config, key) for key in _SETTINGS.get(name, ())}
-        return OBJECTIVES[name](SlideLabel(task, order=order, own_sets=own_sets), **given, **options)
-    except TypeError as error:
-        if not options:
-            raise
-        raise ConfigError(f"objective {name} with {options}: {str(error).partition('() ')[2] or error}") from error
+            mine |= {"order": _order(config, task, labels), "own_sets": config.sampling == "risk_set"}
+        given = (entry.make(*given, **mine),)
+    return given[0]
 
 
 def _order(config: TrainConfig, task: Task, labels: Sequence[str]) -> Callable[[int], Iterable[int]] | None:
