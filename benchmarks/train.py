@@ -54,6 +54,7 @@ HIDDEN, ATTENTION, DROPOUT, BAGS_PER_STEP = 256, 128, 0.25, 4
 TASK = Task("binary", ("normal", "tumour"))
 
 LOOP = "one bag at a time, CLAM's h5, fp32"
+MEASURED = ("plain", "gated_abmil", "mean_pool", "clam_sb", "dsmil", "dtfd", "acmil")
 LOOP_MEMORY = "the same loop, features in memory"
 COLD, DISK, MEMORY = "wsimil, first epoch, cold", "wsimil, from files each epoch", "wsimil, later epochs"
 FLOOR, FLOOR_BF16 = "floor: matrix products, fp32", "floor: matrix products, bf16"
@@ -196,9 +197,10 @@ def slides_of(store: TileStore, names: list[str]) -> LabelledSlides:
     return LabelledSlides(store, names, torch.arange(len(names)) % 2.0)
 
 
-def fresh_model(dim: int, seed: int = 0) -> Standardized:
+def fresh_model(dim: int, seed: int = 0, aggregator: str = "gated_abmil") -> Standardized:
     torch.manual_seed(seed)
-    inner = make_aggregator("gated_abmil", dim, 1, hidden=HIDDEN, dropout=DROPOUT, attention=ATTENTION)
+    own = {"attention": ATTENTION} if aggregator == "gated_abmil" else {}
+    inner = make_aggregator(aggregator, dim, 1, hidden=HIDDEN, dropout=DROPOUT, **own)
     return Standardized(inner, torch.full((dim,), 0.1), torch.full((dim,), 1.1))
 
 
@@ -347,11 +349,10 @@ def memory_table(n_tiles: int, dim: int) -> str:
         "| way | held | beyond |",
         "|---|---|---|",
     ]
-    for name in ("plain", "wsimil"):
+    for name in MEASURED:
         command = [sys.executable, __file__, "--memory-of", name, "--tiles", str(n_tiles), "--dim", str(dim)]
         held, beyond = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        shown = {"plain": "the loop, fp32", "wsimil": "wsimil, fp32, pieces computed again on the way back"}[name]
-        lines.append(f"| {shown} | {held} | {beyond} |")
+        lines.append(f"| {'the loop, fp32' if name == 'plain' else f'wsimil, fp32, {name}'} | {held} | {beyond} |")
     return "\n".join([*lines, ""])
 
 
@@ -362,7 +363,7 @@ def memory_of(way: str, n_tiles: int, dim: int) -> None:
         loss = nn.BCEWithLogitsLoss()(PlainModel(dim).train()(features[:64]), torch.ones(1, 1))  # libraries set up their own
         model = PlainModel(dim).train()
     else:
-        model = fresh_model(dim).train()
+        model = fresh_model(dim, aggregator=way).train()
         quicken_dropout(model)
         loss = model(BagBatch(features[:64], torch.tensor([0, 64]))).logits.sum()
     loss.backward()
@@ -393,7 +394,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, help="features: only this wide")
     parser.add_argument("--only", choices=("epochs", "stacked", "memory"), help="one of the tables")
     parser.add_argument("--tiles", type=int, default=200_000, help="of the huge bag")
-    parser.add_argument("--memory-of", choices=("plain", "wsimil"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=MEASURED, help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path, help="where the Markdown table goes, besides the terminal")
     options = parser.parse_args()
     global clock

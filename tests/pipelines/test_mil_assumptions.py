@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 
 import mil_assumptions as pipeline
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 
 @pytest.mark.parametrize("assumption", ["single concept", "multiple concepts"])
@@ -40,8 +42,20 @@ def test_a_maximum_keeps_the_assumption_and_a_mean_breaks_it(monkeypatch):
     monkeypatch.setattr(pipeline, "ASSUMPTIONS", {"single concept": pipeline.single_concept})
     (maximum,) = pipeline.examine("instance_max", steps=200, n_bags=100)
     (mean,) = pipeline.examine("mean_pool", steps=100, n_bags=100)
-    assert maximum["kept"] and maximum["auc_test"] > 0.65
-    assert not mean["kept"] and mean["auc_train"] > 0.95
+    assert verdict_of(maximum) == "kept" and maximum["auc_test"] > 0.65
+    assert verdict_of(mean) == "broken" and mean["auc_train"] > 0.95
+
+
+def verdict_of(row: dict) -> str:
+    return pipeline.verdict(row["auc_train"], row["auc_test"], n_bags=100)
+
+
+def test_what_a_coin_could_do_is_neither_kept_nor_broken():
+    rng = np.random.default_rng(0)
+    areas = [float(roc_auc_score([0, 1] * 100, rng.random(200))) for _ in range(400)]
+    said = [pipeline.verdict(0.9, area) for area in areas]
+    assert 0.92 < said.count("chance") / len(said) < 0.98  # two standard errors
+    assert [pipeline.verdict(0.9, area) for area in (0.1, 0.95)] == ["broken", "kept"]
 
 
 def test_the_table_has_a_line_for_each_aggregator_and_what_is_there_is_not_done_again(monkeypatch, tmp_path):

@@ -91,7 +91,8 @@ class DSMIL(Aggregator):
 
 
 def dsmil_from_reference(weights: Mapping[str, Tensor]) -> DSMIL:
-    """A DSMIL with the weights of the authors' `MILNet`: what `torch.load(path, weights_only=True)` gives of their files.
+    """A DSMIL with the weights of the authors' `MILNet`: what `torch.load(path, map_location="cpu", weights_only=True)`
+    gives of their files.
 
     Names of an encoder inside it (`i_classifier.feature_extractor…`) are left out: bags hold what it computes.
 
