@@ -11,10 +11,10 @@ harder; the false one is perfect in training, and turned round in the test:
 - false frequency: positive bags hold one tile of each concept, negative ones a single tile of one: fewer in training, forty in the
   test.
 
-A model that ranks better than chance in training and worse in the test has learned the false cue (`broken`); one that is at chance in
-the test has learned nothing that lasts. Most published models learn it: that is a fact about them, not an error of the code. The multiple
-concepts do not tell whether a model needs both: positive bags hold more such tiles, and counting them would do. On real slides, pen marks on the negative ones are such a poison. Numbers depend on the
-seed.
+A model that ranks better than chance in training and worse in the test has learned the false cue (`broken`); one that is at chance
+in the test has learned nothing that lasts. Most published models learn it: that is a fact about them, not an error of the code. The
+multiple concepts do not tell whether a model needs both: positive bags hold more such tiles, and counting them would do. On real
+slides, pen marks on the negative ones are such a poison. Numbers depend on the seed.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def examine(aggregator: str, *, steps: int = 300, n_bags: int = 200, seed: int =
 
 
 def verdict(auc_train: float, auc_test: float, *, n_bags: int = 200) -> str:
-    """`broken`: better than chance in training and worse in the test; `chance`: in the test as good as a coin, within two errors."""
+    """`broken`: better than chance in training and worse in the test; `chance`: within two errors of a coin in the test."""
     error = math.sqrt((n_bags + 1) / (3 * n_bags**2))  # of an AUC of .5, half of the bags positive (Mann and Whitney 1947)
     if abs(auc_test - 0.5) < 2 * error:
         return "chance"
