@@ -4,7 +4,8 @@
 
 Bags are the 192-d features that HIPT (Chen 2022) gives for all regions of 4,096 px of a slide. Folds are by patient, or by site:
 then no hospital stands on two sides, which is what a new hospital would see. Beside the aggregators: the mean of the regions with
-logistic regression, on the same folds. Intervals: bootstrap over patients (AUROC), corrected t over folds (concordance).
+logistic regression (for survival: Cox regression, the same ridge), on the same folds. Intervals: bootstrap over patients (AUROC),
+corrected t over folds (concordance).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
+import torch
 from cohorts import command_of, cross_validate, interval, write_bags, write_table
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -26,10 +28,12 @@ from wsimil.bags.splits import read_splits
 from wsimil.config import LabelsConfig, Settings, SplitConfig, TrainConfig
 from wsimil.evaluation.intervals import cluster_bootstrap, percentile_interval
 from wsimil.evaluation.metrics import auroc, harrell_c
+from wsimil.losses import cox_loss
 
 COHORTS = {"NSCLC": ("tcga_lung", ("LUAD", "LUSC")), "BRCA": ("tcga_brca", ("IDC", "ILC"))}
 """Files, and the two subtypes that are told apart; slides of others take part in survival only."""
 AGGREGATORS = ("mean_pool", "gated_abmil")
+BASELINE, RIDGE_C = "mean of regions, logistic (Cox) regression", 0.01
 FOLDS = 5
 TRAIN = TrainConfig(hidden=128, lr=5e-4, weight_decay=1e-3, epochs=30, patience=8, bags_per_step=8, stack="on")
 
@@ -65,7 +69,7 @@ def logistic(run: Path, means: dict[str, np.ndarray], table: pd.DataFrame, posit
     for _, fold in read_splits(run / "splits.csv").groupby("fold"):
         test = fold["split"] == "test"
         x, y = (np.stack([means[name] for name in fold.loc[side, "slide_id"]]) for side in (~test, test))
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000, class_weight="balanced"))
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=RIDGE_C, max_iter=2000, class_weight="balanced"))
         model.fit(x, [labels[name] == positive for name in fold.loc[~test, "slide_id"]])
         rows = fold.loc[test, ["slide_id", "patient", "fold"]]
         parts.append(rows.assign(**{f"prob_{positive}": model.predict_proba(y)[:, 1]}))
@@ -73,10 +77,37 @@ def logistic(run: Path, means: dict[str, np.ndarray], table: pd.DataFrame, posit
     return found.assign(label=found["slide_id"].map(labels))
 
 
+def cox_regression(run: Path, means: dict[str, np.ndarray], table: pd.DataFrame) -> list[float]:
+    """Concordance by fold of a ridge Cox regression on mean features; validation slides are trained on, too."""
+    known = table.set_index("slide")
+    found = []
+    for _, fold in read_splits(run / "splits.csv").groupby("fold"):
+        test = fold["split"] == "test"
+        names, others = fold.loc[~test, "slide_id"], fold.loc[test, "slide_id"]
+        scale = StandardScaler().fit(np.stack([means[name] for name in names]))
+        x, new = (torch.from_numpy(scale.transform(np.stack([means[name] for name in side]))) for side in (names, others))
+        time, event = (torch.from_numpy(known.loc[names, column].to_numpy(float)) for column in ("survival_months", "event"))
+        weight = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss(x=x, time=time, event=event, weight=weight, optimizer=optimizer) -> torch.Tensor:  # type: ignore[no-untyped-def]
+            optimizer.zero_grad()
+            penalized = cox_loss(x @ weight, time, event) * event.sum() + weight.square().sum() / (2 * RIDGE_C)
+            penalized.backward()
+            return penalized
+
+        optimizer.step(loss)
+        risk = (new @ weight.detach()).numpy()
+        ends = known.loc[others]
+        found.append(float(harrell_c(ends["survival_months"].to_numpy(), ends["event"].to_numpy(), risk)))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with tcga_lung_hipt4k.h5 and the other three files")
     parser.add_argument("--out", type=Path, required=True, help="where bags, runs and predictions go")
+    parser.add_argument("--tasks", nargs="+", choices=("subtype", "survival"), default=("subtype", "survival"))
     parser.add_argument("--table", type=Path, help="where the Markdown goes")
     options = parser.parse_args()
     started, rows = time.monotonic(), []
@@ -85,7 +116,7 @@ def main() -> None:
         table, positive = whole[whole["label"].isin(subtypes)], subtypes[1]
         labels = options.out / name / "labels.csv"
         table.to_csv(labels, index=False)
-        for group in ("patient", "site"):
+        for group in ("patient", "site") if "subtype" in options.tasks else ():
             row = {"task": f"{cohort} subtype", "folds by": group}
             for aggregator in AGGREGATORS:
                 config = Settings(
@@ -96,10 +127,12 @@ def main() -> None:
                 out = options.out / name / f"{group}-{aggregator}"
                 predictions = cross_validate(bags, labels, out, config)
                 row[aggregator] = area(predictions, positive)
-            row["mean of regions, logistic regression"] = area(logistic(out / "repeat0", means, table, positive), positive)
+            row[BASELINE] = area(logistic(out / "repeat0", means, table, positive), positive)
             rows.append(row)
             print(rows[-1], flush=True)
-        rows.append(survival(options.out, cohort, name, bags, whole))
+        if "survival" not in options.tasks:
+            continue
+        rows.append(survival(options.out, cohort, name, bags, whole, means))
         print(rows[-1], flush=True)
     notes = (
         "Subtype: AUROC of the pooled out-of-fold predictions [95 % interval over patients]. Survival: concordance (Harrell), "
@@ -115,7 +148,9 @@ def main() -> None:
     )
 
 
-def survival(out: Path, cohort: str, name: str, bags: Path, table: pd.DataFrame) -> dict[str, str]:
+def survival(
+    out: Path, cohort: str, name: str, bags: Path, table: pd.DataFrame, means: dict[str, np.ndarray]
+) -> dict[str, str]:
     labels = out / name / "survival.csv"
     known = table.dropna(subset=["survival_months", "event"])
     known.drop(columns="label").to_csv(labels, index=False)
@@ -130,7 +165,8 @@ def survival(out: Path, cohort: str, name: str, bags: Path, table: pd.DataFrame)
         known_end = predictions.dropna(subset=["time", "event"])
         values = [float(harrell_c(one["time"], one["event"], one["risk"])) for _, one in known_end.groupby("fold")]
         row[aggregator] = interval(np.array(values), folds=FOLDS)
-    return row | {"mean of regions, logistic regression": "–"}
+    baseline = cox_regression(out / name / f"survival-{AGGREGATORS[0]}" / "repeat0", means, known)
+    return row | {BASELINE: interval(np.array(baseline), folds=FOLDS)}
 
 
 if __name__ == "__main__":
