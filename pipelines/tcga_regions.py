@@ -84,8 +84,9 @@ def cox_regression(run: Path, means: dict[str, np.ndarray], table: pd.DataFrame)
     for _, fold in read_splits(run / "splits.csv").groupby("fold"):
         test = fold["split"] == "test"
         names, others = fold.loc[~test, "slide_id"], fold.loc[test, "slide_id"]
-        scale = StandardScaler().fit(np.stack([means[name] for name in names]))
-        x, new = (torch.from_numpy(scale.transform(np.stack([means[name] for name in side]))) for side in (names, others))
+        x, new = (np.stack([means[name] for name in side]).astype(float) for side in (names, others))
+        scale = StandardScaler().fit(x)
+        x, new = (torch.from_numpy(scale.transform(rows)) for rows in (x, new))
         time, event = (torch.from_numpy(known.loc[names, column].to_numpy(float)) for column in ("survival_months", "event"))
         weight = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")

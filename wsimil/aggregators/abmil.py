@@ -13,7 +13,7 @@ from wsimil.aggregators.first_layer import FirstLayer
 from wsimil.aggregators.packed import in_pieces, segment_softmax, segment_weighted_sum
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 
-__all__ = ["ABMIL", "AttentionScore"]
+__all__ = ["ABMIL", "AttentionScore", "attended"]
 
 
 class AttentionScore(nn.Module):
@@ -31,6 +31,17 @@ class AttentionScore(nn.Module):
         if self.gate is not None:
             features = features * self.dropout(torch.sigmoid(self.gate(tiles)))
         return self.score(features)  # (ΣN, K)
+
+
+def attended(project: nn.Module, attend: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings project(h) (ΣN, H) and their scores (ΣN, K), piece by piece."""
+
+    def of_piece(piece: Tensor) -> tuple[Tensor, Tensor]:
+        tiles = project(piece)
+        return tiles, attend(tiles)
+
+    tiles, scores = in_pieces(of_piece, features)
+    return tiles, scores
 
 
 class ABMIL(Aggregator):
@@ -74,13 +85,9 @@ class ABMIL(Aggregator):
                 nn.Linear(hidden, classifier_hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(classifier_hidden, n_outputs)
             )
 
-    def _attended(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = self.project(features)
-        return tiles, self.attend(tiles)
-
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         self.check(bags)
-        tiles, scores = in_pieces(self._attended, bags.features)  # (ΣN, H), (ΣN, 1)
+        tiles, scores = attended(self.project, self.attend, bags.features)  # (ΣN, H), (ΣN, 1)
         attention = segment_softmax(scores, bags)  # (ΣN, 1)
         bag = segment_weighted_sum(attention, tiles, bags).squeeze(1)  # (B, H)
         contributions = None  # (ΣN, C)

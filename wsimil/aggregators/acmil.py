@@ -14,7 +14,8 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from wsimil.aggregators.abmil import AttentionScore
+from wsimil.aggregators.abmil import AttentionScore, attended
+from wsimil.aggregators.first_layer import FirstLayer
 from wsimil.aggregators.packed import segment_softmax, segment_sum, segment_weighted_sum
 from wsimil.batch import Aggregator, BagBatch, BagOutput, ExtraLogits
 from wsimil.errors import ConfigError
@@ -40,6 +41,7 @@ class ACMIL(Aggregator):
     """
 
     contribution_kind = "exact"
+    first_layer = "project.0"
 
     def __init__(
         self,
@@ -60,15 +62,14 @@ class ACMIL(Aggregator):
             raise ConfigError(f"ACMIL: mask_rate {mask_rate} is not within [0, 1): some tile must stay")
         self.dim, self.n_outputs = dim, n_outputs
         self.n_branches, self.n_top, self.mask_rate = n_branches, n_top, mask_rate
-        self.project = nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.ReLU(), nn.Dropout(dropout))
+        self.project = nn.Sequential(FirstLayer(dim, hidden, bias=False), nn.ReLU(), nn.Dropout(dropout))
         self.attend = AttentionScore(hidden, attention, heads=n_branches)
         self.classify_branch = nn.ModuleList(nn.Linear(hidden, n_outputs) for _ in range(n_branches))
         self.classify = nn.Linear(hidden, n_outputs)
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         self.check(bags)
-        tiles = self.project(bags.features)  # (ΣN, H)
-        scores = self.attend(tiles)  # (ΣN, T)
+        tiles, scores = attended(self.project, self.attend, bags.features)  # (ΣN, H), (ΣN, T)
         if self.training:
             scores = self.hide(scores, bags)
         attention = segment_softmax(scores, bags)  # (ΣN, T)

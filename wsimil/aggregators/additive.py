@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from wsimil.aggregators.abmil import AttentionScore
+from wsimil.aggregators.abmil import AttentionScore, attended
+from wsimil.aggregators.first_layer import FirstLayer
 from wsimil.aggregators.packed import segment_softmax, segment_sum
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 
@@ -35,6 +36,7 @@ class Additive(Aggregator):
     """
 
     contribution_kind = "exact"
+    first_layer = "project.0"
 
     def __init__(
         self,
@@ -49,15 +51,14 @@ class Additive(Aggregator):
     ) -> None:
         super().__init__()
         self.dim, self.n_outputs = dim, n_outputs
-        self.project = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
+        self.project = nn.Sequential(FirstLayer(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
         self.attend = AttentionScore(hidden, attention, gated=gated)
         self.classify = nn.Sequential(nn.Linear(hidden, hidden, bias=bias), nn.ReLU(), nn.Linear(hidden, n_outputs, bias=bias))
         self.intercept = None if bias else nn.Parameter(torch.zeros(n_outputs))
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         self.check(bags)
-        tiles = self.project(bags.features)  # (ΣN, H)
-        scores = self.attend(tiles)  # (ΣN, 1)
+        tiles, scores = attended(self.project, self.attend, bags.features)  # (ΣN, H), (ΣN, 1)
         attention = segment_softmax(scores, bags)  # (ΣN, 1)
         contributions = self.classify(attention * tiles)  # (ΣN, C)
         if self.intercept is not None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from wsimil.aggregators.abmil import AttentionScore
+from wsimil.aggregators.abmil import AttentionScore, attended
+from wsimil.aggregators.first_layer import FirstLayer
 from wsimil.aggregators.packed import segment_softmax, segment_weighted_sum
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 from wsimil.errors import ConfigError
@@ -35,6 +36,7 @@ class CLAM(Aggregator):
     """
 
     contribution_kind = "exact"
+    first_layer = "project.0"
 
     def __init__(
         self,
@@ -51,14 +53,13 @@ class CLAM(Aggregator):
             raise ConfigError(f"branches is {branches!r}; expected single or multiple")
         self.dim, self.n_outputs = dim, n_outputs
         self.per_output = branches == "multiple"
-        self.project = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
+        self.project = nn.Sequential(FirstLayer(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
         self.attend = AttentionScore(hidden, attention, heads=n_outputs if self.per_output else 1, dropout=dropout)
         self.classify = nn.Linear(hidden, n_outputs)  # with several branches row c reads z_c alone
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         self.check(bags)
-        tiles = self.project(bags.features)  # (ΣN, H)
-        scores = self.attend(tiles)  # (ΣN, K)
+        tiles, scores = attended(self.project, self.attend, bags.features)  # (ΣN, H), (ΣN, K)
         attention = segment_softmax(scores, bags)  # (ΣN, K)
         embedding = segment_weighted_sum(attention, tiles, bags)  # (B, K, H)
         if self.per_output:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from wsimil.aggregators.abmil import AttentionScore
+from wsimil.aggregators.abmil import AttentionScore, attended
+from wsimil.aggregators.first_layer import FirstLayer
 from wsimil.aggregators.packed import segment_softmax, segment_sum, segment_topk
 from wsimil.batch import Aggregator, BagBatch, BagOutput, ExtraLogits
 from wsimil.errors import ConfigError
@@ -42,6 +43,7 @@ class DTFD(Aggregator):
     """
 
     contribution_kind = "exact"
+    first_layer = "project.0"
 
     def __init__(
         self,
@@ -60,20 +62,20 @@ class DTFD(Aggregator):
             raise ConfigError(f"DTFD: distill {distill!r} is unknown; expected one of {', '.join(DISTILLATIONS)}")
         self.dim, self.n_outputs = dim, n_outputs
         self.n_pseudo, self.distill, self.n_distilled = n_pseudo, distill, n_distilled
-        self.project = nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.ReLU(), nn.Dropout(dropout))
+        self.project = nn.Sequential(FirstLayer(dim, hidden, bias=False), nn.ReLU(), nn.Dropout(dropout))
         self.attend_tiles, self.classify_pseudo = AttentionScore(hidden, attention), nn.Linear(hidden, n_outputs)
         self.attend_pseudo, self.classify = AttentionScore(hidden, attention), nn.Linear(hidden, n_outputs)
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         self.check(bags)
-        tiles = self.project(bags.features)  # (ΣN, H)
+        tiles, scores = attended(self.project, self.attend_tiles, bags.features)  # (ΣN, H), (ΣN, 1)
         member, counts = self._split(bags)
         order = member.argsort(stable=True)
         back = order.argsort()
         pseudo = BagBatch(tiles[order], _offsets(member.bincount()))  # M pseudo-bags; rows in their order from here on
         bag_of_pseudo = torch.arange(len(bags), device=order.device).repeat_interleave(counts)  # (M,)
 
-        within = segment_softmax(self.attend_tiles(pseudo.features), pseudo)  # (ΣN, 1)
+        within = segment_softmax(scores[order], pseudo)  # (ΣN, 1)
         means = segment_sum(within * pseudo.features, pseudo)  # (M, H)
         if self.distill == "AFS":
             distilled, bag_of_distilled = means, bag_of_pseudo

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from wsimil.aggregators.packed import segment_mean
+from wsimil.aggregators.first_layer import FirstLayer
+from wsimil.aggregators.packed import in_pieces, segment_mean
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 
 __all__ = ["MeanPool"]
@@ -26,16 +27,17 @@ class MeanPool(Aggregator):
     """
 
     contribution_kind = "exact"
+    first_layer = "project.0"
 
     def __init__(self, dim: int, n_outputs: int, *, hidden: int = 256, dropout: float = 0.25) -> None:
         super().__init__()
         self.dim, self.n_outputs = dim, n_outputs
-        self.project = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
+        self.project = nn.Sequential(FirstLayer(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
         self.classify = nn.Linear(hidden, n_outputs)
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         self.check(bags)
-        tiles = self.project(bags.features)  # (ΣN, H)
+        (tiles,) = in_pieces(lambda piece: (self.project(piece),), bags.features)  # (ΣN, H)
         bag = segment_mean(tiles, bags)  # (B, H)
         contributions = None
         if explain:

@@ -16,7 +16,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from wsimil.aggregators.packed import segment_softmax, segment_sum
+from wsimil.aggregators.first_layer import FirstLayer
+from wsimil.aggregators.packed import in_pieces, segment_softmax, segment_sum
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 from wsimil.config import Range
 from wsimil.errors import AggregatorInputError, ConfigError
@@ -106,6 +107,7 @@ class SmABMIL(Aggregator):
 
     needs_coords = True
     contribution_kind = "exact"
+    first_layer = "project.0"
 
     def __init__(
         self,
@@ -122,7 +124,7 @@ class SmABMIL(Aggregator):
         if where not in ("early", "mid", "late"):
             raise ConfigError(f"where = {where!r}; expected early, mid or late")
         self.dim, self.n_outputs, self.where = dim, n_outputs, where
-        self.project = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
+        self.project = nn.Sequential(FirstLayer(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
         self.feature = nn.Linear(hidden, attention)
         self.score = nn.Linear(attention, 1, bias=False)
         self.smooth = Smooth(steps)
@@ -130,7 +132,7 @@ class SmABMIL(Aggregator):
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         self.check(bags)
-        tiles = self.project(bags.features)  # (ΣN, H)
+        (tiles,) = in_pieces(lambda piece: (self.project(piece),), bags.features)  # (ΣN, H)
         if self.where == "early":
             tiles = self.smooth(tiles, bags)
         features = self.feature(tiles)  # (ΣN, L)

@@ -46,7 +46,8 @@ class Standardized(Aggregator):
             # in half precision a feature must be centred before it is multiplied, or its digits go to the mean
             folded = _Reading(linear, weight, linear.bias, self.mean)
         else:
-            folded = _Reading(linear, weight, linear.bias - weight @ self.mean)
+            shift = weight @ self.mean
+            folded = _Reading(linear, weight, -shift if linear.bias is None else linear.bias - shift)
         with folded, recomputing(folded):
             return self.inner(bags, explain=explain)
 
@@ -54,7 +55,7 @@ class Standardized(Aggregator):
 class _Reading:
     """A layer with other weights and a centre, for a while; may be entered again."""
 
-    def __init__(self, layer: FirstLayer, weight: Tensor, bias: Tensor, centre: Tensor | None = None) -> None:
+    def __init__(self, layer: FirstLayer, weight: Tensor, bias: Tensor | None, centre: Tensor | None = None) -> None:
         self._layer, self._others, self._centre = layer, {"weight": weight, "bias": bias}, centre
 
     def __enter__(self) -> None:
