@@ -306,12 +306,13 @@ def _search(arguments: argparse.Namespace, settings: Settings, say: Callable[[st
 
 def _split(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:
     from wsimil.bags.labels import infer_task, read_labels, slide_ids_of
-    from wsimil.bags.splits import make_splits, splits_hash, write_splits
+    from wsimil.bags.splits import COLUMNS, make_splits, refuse_to_lose, splits_hash, write_splits
 
     split = settings.split
     labels = read_labels(arguments.labels, settings.labels, group=split.group, site=split.site, test=split.test)
     labels = slide_ids_of(labels)
     splits = make_splits(labels, infer_task(labels["label"], settings.labels), settings.split)
+    refuse_to_lose(Path(arguments.out), splits[COLUMNS], arguments.labels)
     write_splits(Path(arguments.out), splits)
     counts = splits.groupby(["fold", "split"]).size().unstack()
     print(counts[["train", "val", "test"]].to_string())

@@ -26,12 +26,12 @@ import pandas as pd
 
 from wsimil.bags.labels import composed
 from wsimil.config import SplitConfig
-from wsimil.errors import SplitsError
+from wsimil.errors import SplitsError, UsageError
 from wsimil.files import atomic_path
 from wsimil.table import Table, read_table, require_column
 from wsimil.task import Task
 
-__all__ = ["COLUMNS", "check_splits", "make_splits", "read_splits", "splits_hash", "write_splits"]
+__all__ = ["COLUMNS", "check_splits", "make_splits", "read_splits", "refuse_to_lose", "splits_hash", "write_splits"]
 
 COLUMNS = ["fold", "slide_id", "patient", "site", "split"]
 
@@ -204,6 +204,14 @@ def check_splits(splits: Table) -> None:
         for split in ("train", "val"):
             if not (part["split"] == split).any():
                 raise SplitsError(f"fold {fold} has no {split} slide")
+
+
+def refuse_to_lose(path: Path, table: Table, given: str | Path | None) -> None:
+    """Raises UsageError if `path`, to which `table` goes, is the table that was `given` and says anything else."""
+    if given is None or not path.exists() or not path.samefile(given):
+        return
+    if path.read_text(encoding="utf-8-sig").splitlines() != table.to_csv(index=False).splitlines():
+        raise UsageError(f"{path}: the table that was given would be written over; keep it elsewhere, or take another --out")
 
 
 def write_splits(path: Path, splits: Table) -> None:

@@ -22,13 +22,13 @@ from torch import Tensor
 from wsimil.aggregators import Standardized
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.filter import NO_FILTER
-from wsimil.bags.splits import splits_hash, write_splits
+from wsimil.bags.splits import COLUMNS, refuse_to_lose, splits_hash
 from wsimil.batch import Aggregator
 from wsimil.config import Settings, TrainConfig
 from wsimil.errors import LabelsError, SplitsError, UsageError, some_of
 from wsimil.evaluation.calibration import calibrate
 from wsimil.extraction.extract import resolve_device
-from wsimil.files import atomic_path, hash_of, read_json, write_json
+from wsimil.files import atomic_path, hash_of, read_json, write_json, write_text
 from wsimil.settings import save_settings
 from wsimil.task import Task
 from wsimil.training.cohort import Cohort, check_not_seen, labels_hash, prepare_cohort
@@ -88,12 +88,6 @@ def train(
             raise UsageError(f"--fold {config.fold}: the splits have folds {', '.join(map(str, folds))}")
         folds = [int(config.fold)]
     check_not_seen(bag_folder, cohort.splits, folds)
-    out.mkdir(parents=True, exist_ok=True)
-    write_splits(out / "splits.csv", cohort.splits)
-    with atomic_path(out / "labels.csv") as temporary:
-        cohort.labels.to_csv(temporary, index=False)
-    save_settings(out / "config.yaml", settings, _SECTIONS)
-
     device = resolve_device(config.device)
     seeds = range(config.seed, config.seed + config.seeds)
     plans = [
@@ -101,9 +95,18 @@ def train(
         for fold in folds
         for seed in seeds
     ]
+    stacked = _are_stacked(plans, config, device)
+    _check(plans, bag_folder, device)
+    tables = {out / "splits.csv": (cohort.splits[COLUMNS], splits), out / "labels.csv": (cohort.labels, labels)}
+    for path, (table, given) in tables.items():
+        refuse_to_lose(path, table, given)
+    # nothing is refused from here on: what a finished run says of itself stands until then
+    for path, (table, _) in tables.items():
+        write_text(path, table.to_csv(index=False))
+    save_settings(out / "config.yaml", settings, _SECTIONS)
     for line in _not_planned(out, plans, cohort):
         say(line)
-    if _are_stacked(plans, config, device):
+    if stacked:
         lines = _train_stacked(out, plans, _store(bag_folder, plans, config, device), cohort, settings, device)
     elif config.devices > 1:
         lines = _train_shared(plans, bag_folder, cohort, settings, device)
@@ -193,6 +196,21 @@ def _plan(out: Path, bags: BagFolder, cohort: Cohort, fold: int, config: TrainCo
     return _Plan(out / f"fold{fold}-seed{config.seed}", fold, config, task, ids, labels, targets, weights, key)
 
 
+def _check(plans: list[_Plan], bags: BagFolder, device: str) -> None:
+    """Raises UsageError for settings with which no model can be made, or not on these devices."""
+    with torch.random.fork_rng(devices=[]):
+        for plan in plans:
+            objective, n_devices = build_objective(plan.config, plan.task, plan.labels["train"]), plan.config.devices
+            if n_devices > 1 and not objective.per_bag:
+                raise UsageError(
+                    f"--devices {n_devices}: loss {plan.task.criterion} compares the slides of a step with each other, "
+                    "so no step can be shared; train with --devices 1"
+                )
+        build_aggregator(_content(plans[0], bags), plans[0].task)
+    if plans[0].config.devices > 1:
+        devices_of(device, plans[0].config.devices)
+
+
 def _store(bags: BagFolder, plans: list[_Plan], config: TrainConfig, device: str, *, sharers: int = 1) -> TileStore:
     """On the GPU if all slides fit there beside the work, else in this process's share of the memory, as far as it goes."""
     wanted = sorted({name for plan in plans for members in plan.ids.values() for name in members})
@@ -274,13 +292,6 @@ def _train_each(
 
 def _train_shared(plans: list[_Plan], bags: BagFolder, cohort: Cohort, settings: Settings, device: str) -> Iterator[str]:
     """The same on several devices; what is finished, and what a new run does away with, is seen to before they start."""
-    config = settings.train
-    devices = devices_of(device, config.devices)
-    if not build_objective(config, plans[0].task, plans[0].labels["train"]).per_bag:
-        raise UsageError(
-            f"--devices {config.devices}: loss {plans[0].task.criterion} compares the slides of a step with each other, "
-            "so no step can be shared; train with --devices 1"
-        )
     waiting = []
     for plan in plans:
         if (done := _finished(plan)) is not None:
@@ -289,7 +300,7 @@ def _train_shared(plans: list[_Plan], bags: BagFolder, cohort: Cohort, settings:
             _begin(plan, settings)
             waiting.append(plan)
     if waiting:
-        yield from run_ranks(devices, _train_each, waiting, bags, cohort, settings)
+        yield from run_ranks(devices_of(device, settings.train.devices), _train_each, waiting, bags, cohort, settings)
 
 
 def _begin(plan: _Plan, settings: Settings) -> None:

@@ -1,0 +1,95 @@
+"""What a folder holds before a training: the user's own tables, finished models, and what killed or damaged runs left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from wsimil.cli import main
+from wsimil.config import Settings, SplitConfig, TrainConfig
+from wsimil.errors import UsageError, WsimilError
+from wsimil.prediction import predict
+from wsimil.training import train
+
+QUICK = TrainConfig(epochs=1, hidden=8, device="cpu", stack="off")
+
+
+def trained(toy: Path, out: Path, *, labels: Path | None = None, splits: Path | None = None, **changes) -> list[str]:
+    """What is said."""
+    said: list[str] = []
+    settings = Settings(train=replace(QUICK, **changes), split=SplitConfig(folds=2))
+    train(toy, labels or toy / "labels.csv", out, splits=splits, settings=settings, say=said.append)
+    return said
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------- the user's tables
+
+
+def test_a_table_that_was_given_is_not_written_over(toy, tmp_path):
+    """Its other columns would be gone."""
+    for name in ("labels", "splits"):
+        (tmp_path / name).mkdir()
+    own = pd.read_csv(toy / "labels.csv").assign(age=50)
+    own.to_csv(tmp_path / "labels" / "labels.csv", index=False)
+    with pytest.raises(UsageError, match=r"labels/labels\.csv: the table that was given .* another --out"):
+        trained(toy, tmp_path / "labels", labels=tmp_path / "labels" / "labels.csv")
+    sides = ["train"] * 12 + ["val"] * 6 + ["test"] * 6
+    splits = pd.DataFrame({"fold": 0, "slide_id": own["slide"], "patient": own["slide"], "split": sides, "scanner": "X"})
+    splits.to_csv(tmp_path / "splits" / "splits.csv", index=False)
+    with pytest.raises(UsageError, match=r"splits/splits\.csv: the table that was given"):
+        trained(toy, tmp_path / "splits", splits=tmp_path / "splits" / "splits.csv")
+    assert pd.read_csv(tmp_path / "labels" / "labels.csv").equals(own)
+    assert pd.read_csv(tmp_path / "splits" / "splits.csv").equals(splits)
+    assert len(list(tmp_path.rglob("*.*"))) == 2
+
+
+def test_a_runs_own_tables_may_be_given_to_it(toy, tmp_path):
+    trained(toy, tmp_path)
+    before = contents(tmp_path)
+    said = trained(toy, tmp_path, labels=tmp_path / "labels.csv", splits=tmp_path / "splits.csv")
+    assert sum("already trained" in line for line in said) == 2 and contents(tmp_path) == before
+
+
+def test_folds_are_not_written_over_the_labels_they_are_of(toy, tmp_path, capsys):
+    table = tmp_path / "table.csv"
+    table.write_text((toy / "labels.csv").read_text())
+    assert main(["split", str(table), "--out", str(table)]) == 2
+    assert "table.csv: the table that was given would be written over" in capsys.readouterr().err
+    assert table.read_text() == (toy / "labels.csv").read_text()
+    assert main(["split", str(table), "--out", str(tmp_path / "splits.csv")]) == 0
+
+
+# ---------------------------------------------------------------- a finished run
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "fold 0"),
+        ({"aggregator_options": ("heads=3",)}, "heads"),
+        ({"objective": "clam"}, "objective"),
+        ({"stack": "on", "aggregator": "transmil"}, "--stack on"),
+    ],
+    ids=["splits", "aggregator", "objective", "stack"],
+)
+def test_a_training_that_is_refused_leaves_a_finished_run_as_it_was(toy, tmp_path, changes, said):
+    run = tmp_path / "run"
+    trained(toy, run)
+    before = contents(run)
+    splits = None
+    if not changes:  # folds whose training slides are of one class
+        names = pd.read_csv(toy / "labels.csv")["slide"]
+        sides = ["train" if number % 2 else "val" if number < 12 else "test" for number in range(len(names))]
+        splits = tmp_path / "splits.csv"
+        pd.DataFrame({"fold": 0, "slide_id": names, "patient": names, "split": sides}).to_csv(splits, index=False)
+    with pytest.raises(WsimilError, match=said):
+        trained(toy, run, splits=splits, **changes)
+    assert contents(run) == before
+    assert len(predict(toy, run, tmp_path / "out", quiet=True)) == 24
