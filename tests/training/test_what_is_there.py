@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from wsimil.cli import main
 from wsimil.config import Settings, SplitConfig, TrainConfig
 from wsimil.errors import UsageError, WsimilError
+from wsimil.files import atomic_path
 from wsimil.prediction import predict
 from wsimil.training import train
 
@@ -93,3 +95,26 @@ def test_a_training_that_is_refused_leaves_a_finished_run_as_it_was(toy, tmp_pat
         trained(toy, run, splits=splits, **changes)
     assert contents(run) == before
     assert len(predict(toy, run, tmp_path / "out", quiet=True)) == 24
+
+
+# ---------------------------------------------------------------- what a killed run left
+
+
+def killed_file(path: Path) -> Path:
+    """What a process that was killed while writing `path` leaves: half of it, under a temporary name."""
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
+        raise KeyboardInterrupt
+    path = temporary.with_name(temporary.name.replace(f"-{os.getpid()}-", "-999999999-"))
+    path.write_bytes(b"half")
+    return path
+
+
+def test_half_written_epochs_are_no_epochs_and_are_cleared_away(toy, tmp_path):
+    folder = tmp_path / "fold0-seed0"
+    left = [killed_file(folder / name) for name in ("epochs/0.safetensors", "last.ckpt")] + [killed_file(tmp_path / "stack.ckpt")]
+    elsewhere = folder / "epochs" / ".1.tmp-other-host-7-7.safetensors"
+    elsewhere.write_bytes(b"half")
+    trained(toy, tmp_path, fold="0", epochs=2, keep_epochs=True)
+    assert not any(path.exists() for path in left) and not (folder / "epochs").exists()
+    assert sorted(path.name for path in (tmp_path / "epochs").iterdir()) == ["000", "001"]
+    assert "already trained" in trained(toy, tmp_path, fold="0", epochs=2, keep_epochs=True)[-1]

@@ -28,7 +28,7 @@ from wsimil.config import Settings, TrainConfig
 from wsimil.errors import LabelsError, SplitsError, UsageError, some_of
 from wsimil.evaluation.calibration import calibrate
 from wsimil.extraction.extract import resolve_device
-from wsimil.files import atomic_path, hash_of, read_json, write_json, write_text
+from wsimil.files import atomic_path, hash_of, read_json, sweep_temporary_files, write_json, write_text
 from wsimil.settings import save_settings
 from wsimil.task import Task
 from wsimil.training.cohort import Cohort, check_not_seen, labels_hash, prepare_cohort
@@ -104,6 +104,7 @@ def train(
     for path, (table, _) in tables.items():
         write_text(path, table.to_csv(index=False))
     save_settings(out / "config.yaml", settings, _SECTIONS)
+    sweep_temporary_files(out)
     for line in _not_planned(out, plans, cohort):
         say(line)
     if stacked:
@@ -309,6 +310,8 @@ def _begin(plan: _Plan, settings: Settings) -> None:
         (plan.folder / "last.ckpt").unlink(missing_ok=True)  # of other settings or data
         shutil.rmtree(plan.folder / EPOCHS, ignore_errors=True)
     plan.folder.mkdir(parents=True, exist_ok=True)
+    for folder in (plan.folder, plan.folder / EPOCHS):
+        sweep_temporary_files(folder)
     key.write_text(plan.key)
     (plan.folder / "model.json").unlink(missing_ok=True)  # a run that is killed now predicts with no old model
     save_settings(plan.folder / "config.yaml", replace(settings, train=plan.config), _SECTIONS)
@@ -400,7 +403,7 @@ def _publish_epochs(plan: _Plan, content: dict[str, Any]) -> None:
     for old in plan.folder.parent.glob(f"{EPOCHS}/*/{plan.folder.name}"):
         if _key_of(old) != plan.key:  # of the model that this one replaces, not this one's before it was killed here
             shutil.rmtree(old)
-    for weights in sorted((plan.folder / EPOCHS).glob("*.safetensors")):
+    for weights in sorted((plan.folder / EPOCHS).glob("[0-9]*.safetensors")):  # no temporary files
         run = plan.folder.parent / EPOCHS / f"{int(weights.stem):03d}"
         own = run / plan.folder.name
         own.mkdir(parents=True, exist_ok=True)
@@ -408,8 +411,7 @@ def _publish_epochs(plan: _Plan, content: dict[str, Any]) -> None:
         threshold = None if content["threshold"] is None else 0.5
         write_json(own / "model.json", content | {"best_epoch": int(weights.stem), "threshold": threshold, "temperature": 1.0})
         os.replace(weights, own / "model.safetensors")  # last: what has gone from there is a run here
-    if (plan.folder / EPOCHS).is_dir():
-        (plan.folder / EPOCHS).rmdir()
+    shutil.rmtree(plan.folder / EPOCHS, ignore_errors=True)
 
 
 def _copy_tables(plan: _Plan, run: Path) -> None:
