@@ -118,3 +118,41 @@ def test_half_written_epochs_are_no_epochs_and_are_cleared_away(toy, tmp_path):
     assert not any(path.exists() for path in left) and not (folder / "epochs").exists()
     assert sorted(path.name for path in (tmp_path / "epochs").iterdir()) == ["000", "001"]
     assert "already trained" in trained(toy, tmp_path, fold="0", epochs=2, keep_epochs=True)[-1]
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(toy, tmp_path, monkeypatch):
+    """Two trainings into one folder: the first writes its last.ckpt after the second has begun, and both are killed."""
+    plain = {"fold": "0", "epochs": 3, "keep_epochs": True}
+    trained(toy, tmp_path / "calm", **plain)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("wsimil.training.run._finish", interrupt)
+        trained(toy, run, lr=0.5, **plain)
+    left = contents(run)
+    assert "fold0-seed0/last.ckpt" in left and "fold0-seed0/epochs/2.safetensors" in left
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("wsimil.training.run.fit", interrupt)
+        trained(toy, run, **plain)
+    for name in ("last.ckpt", "epochs/0.safetensors", "epochs/1.safetensors", "epochs/2.safetensors"):
+        (run / "fold0-seed0" / name).parent.mkdir(exist_ok=True)
+        (run / "fold0-seed0" / name).write_bytes(left[f"fold0-seed0/{name}"])
+    trained(toy, run, **plain)
+    for name in ("fold0-seed0/model.safetensors", *(f"epochs/00{epoch}/fold0-seed0/model.safetensors" for epoch in range(3))):
+        assert (run / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+
+
+def interrupt(*_, **__) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kept", [0, 1000])
+@pytest.mark.parametrize(("stack", "name"), [("off", "fold0-seed0/last.ckpt"), ("on", "stack.ckpt")])
+def test_a_damaged_checkpoint_is_named_and_may_be_deleted(toy, tmp_path, monkeypatch, stack, name, kept):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("wsimil.training.run._finish", interrupt)
+        trained(toy, tmp_path, stack=stack)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:kept])
+    with pytest.raises(UsageError, match=f"{name}: damaged .* delete it"):
+        trained(toy, tmp_path, stack=stack)
+    (tmp_path / name).unlink()
+    assert sum("epoch 0 of 1" in line for line in trained(toy, tmp_path, stack=stack)) == 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from wsimil.training.dropout import quicken_dropout
 from wsimil.training.items import LabelledSlides, Steps, piece_tiles
 from wsimil.training.ranks import ALONE, Ranks
 
-__all__ = ["EPOCHS", "Fitted", "Loop", "fit", "learning_rate", "resolve_precision"]
+__all__ = ["EPOCHS", "Fitted", "Loop", "fit", "learning_rate", "read_checkpoint", "resolve_precision"]
 
 
 EPOCHS = "epochs"
@@ -69,6 +70,7 @@ class Loop(lightning.LightningModule):
         precision: "fp32" or "bf16", of matrix products.
         ranks: who share its steps.
         keep: folder for the weights of every epoch, `<epoch>.safetensors`; None: only the best are kept.
+        key: of the run, written into its checkpoints.
     """
 
     def __init__(
@@ -81,11 +83,12 @@ class Loop(lightning.LightningModule):
         precision: str = "fp32",
         ranks: Ranks = ALONE,
         keep: Path | None = None,
+        key: str = "",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # a step has several backward passes, one per piece
         self.model, self.objective, self.config = model, objective, config
-        self.total_steps, self.precision, self.keep = total_steps, precision, keep
+        self.total_steps, self.precision, self.keep, self.key = total_steps, precision, keep, key
         self.ranks, self.seed = ranks, torch.initial_seed()
         self.history: list[dict[str, float]] = []
         self.best_state: dict[str, Tensor] = {}
@@ -188,6 +191,7 @@ class Loop(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["wsimil"] = {
+            "key": self.key,
             "history": self.history,
             "best_state": self.best_state,
             "best_epoch": self.best_epoch,
@@ -238,6 +242,15 @@ class _LastCheckpoint(lightning.Callback):
         self.last = time.monotonic()
 
 
+def read_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """The state of a training. Raises UsageError: it cannot be read."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # of many kinds; a kill leaves no such file, a disk may
+        why = str(error).partition("\n")[0]
+        raise UsageError(f"{path}: damaged ({why}); delete it to train from the start") from error
+
+
 def fit(
     run: Path,
     model: nn.Module,
@@ -248,8 +261,13 @@ def fit(
     *,
     device: str = "cpu",
     ranks: Ranks = ALONE,
+    key: str = "",
 ) -> Fitted:
-    """Train in a run folder, going on from its `last.ckpt` if there is one. Of several ranks the first writes there."""
+    """Train in a run folder, going on from its `last.ckpt` if there is one of this key. Of several ranks the first writes there.
+
+    Raises:
+        UsageError: a `last.ckpt` that cannot be read.
+    """
     limit = piece_tiles(device) if objective.per_bag else None
     steps = Steps(
         train,
@@ -270,16 +288,20 @@ def fit(
         precision=resolve_precision(config.precision, device),
         ranks=ranks,
         keep=run / EPOCHS if config.keep_epochs and ranks.rank == 0 else None,
+        key=key,
     )
     if device == "cpu":
         quicken_dropout(model)
     last = run / "last.ckpt"
-    if last.exists():
-        kept = torch.load(last, map_location="cpu", weights_only=True)["wsimil"]
+    kept = read_checkpoint(last)["wsimil"] if last.exists() else {}
+    resumed = kept.get("key") == key
+    if resumed:
         before = Fitted(kept["best_state"], kept["best_epoch"], kept["history"])
         if len(before.history) >= config.epochs or _has_patience_ended(before.history[-1]["epoch"], before.best_epoch, config):
             return before  # Lightning knows that only after another epoch, which could be a better one
         steps.set_epoch(len(before.history))  # Lightning draws the first step before it tells the loader which epoch it is
+    elif loop.keep is not None:
+        shutil.rmtree(loop.keep, ignore_errors=True)  # epochs of another training
     with _quiet_lightning():
         trainer = lightning.Trainer(
             max_epochs=config.epochs,
@@ -297,7 +319,7 @@ def fit(
             loop,
             steps,
             Steps(val, bags_per_step=val_bags, limit=limit, ranks=ranks),
-            ckpt_path=str(last) if last.exists() else None,
+            ckpt_path=str(last) if resumed else None,
             weights_only=True,
         )
     return Fitted(loop.best_state, loop.best_epoch, loop.history)

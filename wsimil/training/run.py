@@ -287,7 +287,8 @@ def _train_each(
         with torch.random.fork_rng(devices=[]):
             model = _fresh_model(plan, store, ranks)
             objective = build_objective(config, plan.task, plan.labels["train"])
-            fitted = fit(plan.folder, model, objective, slides["train"], slides["val"], config, device=device, ranks=ranks)
+            sides = slides["train"], slides["val"]
+            fitted = fit(plan.folder, model, objective, *sides, config, device=device, ranks=ranks, key=plan.key)
         yield _finish(plan, store, cohort, fitted, device) if ranks.rank == 0 else ""
 
 

@@ -30,7 +30,7 @@ from wsimil.errors import UsageError
 from wsimil.files import atomic_path
 from wsimil.task import Task
 from wsimil.training.items import LabelledSlides, Steps, TileStore, piece_tiles
-from wsimil.training.loop import Fitted, learning_rate, resolve_precision
+from wsimil.training.loop import Fitted, learning_rate, read_checkpoint, resolve_precision
 
 __all__ = ["STACKABLE", "Member", "fit_stacked", "unstackable"]
 
@@ -272,7 +272,7 @@ class _Stack:
 
     def load(self, path: Path, key: str) -> tuple[int, int]:
         """Epoch and step to go on from; (0, 0) if what is there is of other models."""
-        kept = torch.load(path, map_location=self.device, weights_only=True)
+        kept = read_checkpoint(path, self.device)
         if kept["key"] != key:
             return 0, 0
         for part, value in kept["books"].items():
