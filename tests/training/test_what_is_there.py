@@ -97,6 +97,17 @@ def test_a_training_that_is_refused_leaves_a_finished_run_as_it_was(toy, tmp_pat
     assert len(predict(toy, run, tmp_path / "out", quiet=True)) == 24
 
 
+@pytest.mark.parametrize("kept", [None, 0, 20, -1], ids=["gone", "empty", "header", "end"])
+def test_a_model_whose_weights_are_cut_off_is_trained_again(toy, tmp_path, kept):
+    trained(toy, tmp_path)
+    weights = tmp_path / "fold1-seed0" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink() if kept is None else weights.write_bytes(whole[:kept])
+    said = trained(toy, tmp_path)
+    assert "fold0-seed0: already trained" in said[-2] and said[-1].startswith("fold1-seed0: epoch 0 of 1")
+    assert weights.read_bytes() == whole
+
+
 # ---------------------------------------------------------------- what a killed run left
 
 

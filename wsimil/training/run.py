@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -425,8 +426,17 @@ def _number(value: Any) -> float | None:
 
 
 def _finished(plan: _Plan) -> dict[str, Any] | None:
-    done = _key_of(plan.folder) == plan.key and (plan.folder / "model.safetensors").exists()
+    done = _key_of(plan.folder) == plan.key and _is_whole(plan.folder / "model.safetensors")
     return read_json(plan.folder / "model.json") if done else None
+
+
+def _is_whole(weights: Path) -> bool:
+    """Whether a file of weights is as long as its header says; no weight is read."""
+    try:
+        with safe_open(weights, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _key_of(run: Path) -> str | None:
