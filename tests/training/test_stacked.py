@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from wsimil.task import Task
 from wsimil.training import load_model, train
 from wsimil.training.items import LabelledSlides, Steps, TileStore
 from wsimil.training.loop import learning_rate
+from wsimil.training.run import _are_stacked
 from wsimil.training.stacked import STACKABLE, Member, fit_stacked, unstackable
 
 M = 3
@@ -211,6 +214,41 @@ def test_what_cannot_be_stacked_says_why(toy, tmp_path, changes):
     config = TrainConfig(epochs=1, stack="on", **changes)
     with pytest.raises(UsageError, match=f"--stack on: .*{next(iter(changes.values()))}"):
         train(toy, toy / "labels.csv", tmp_path, settings=Settings(split=SplitConfig(folds=2), train=config))
+
+
+def test_where_a_stack_would_be_worth_it_the_reason_against_is_said():
+    """On a GPU, with several models: elsewhere nobody expects a stack."""
+    plans: Any = [SimpleNamespace(task=TASK)] * 3
+    for aggregator, device, some, stacked, expected in (
+        ("gated_abmil", "cuda:0", plans, True, []),
+        ("transmil", "cuda:0", plans, False, ["models are trained one after the other: transmil is none of abmil, "]),
+        ("transmil", "cuda:0", plans[:1], False, []),
+        ("transmil", "cpu", plans, False, []),
+    ):
+        said: list[str] = []
+        assert _are_stacked(some, TrainConfig(aggregator=aggregator), device, said.append) == stacked
+        assert [line[: len(text)] for line, text in zip(said, expected, strict=True)] == expected
+
+
+@pytest.mark.parametrize("changes", [{"bags_per_step": 4}, {"tiles_per_step": 160}], ids=["bags", "tiles"])
+def test_a_stack_takes_as_many_steps_as_its_models_alone(toy, tmp_path, monkeypatch, changes):
+    """Among slides of all folds a step has to reach further, in tiles as in bags, to hold as many that are a model's own."""
+    plan, taken = Steps.plan, []
+
+    def counted(self: Steps, epoch: int) -> list[list[int]]:
+        found = plan(self, epoch)
+        taken.append((self.shuffle_seed is None, len(found)))
+        return found
+
+    monkeypatch.setattr(Steps, "plan", counted)
+    n_steps = {}
+    for stack in ("on", "off"):
+        taken.clear()
+        config = TrainConfig(epochs=1, hidden=8, device="cpu", stack=stack, **changes)
+        train(toy, toy / "labels.csv", tmp_path / stack, settings=Settings(split=SplitConfig(folds=5), train=config))
+        n_steps[stack] = [count for validation, count in taken if not validation]
+    alone = sum(n_steps["off"]) / len(n_steps["off"])
+    assert max(abs(count - alone) for count in n_steps["on"]) <= 1  # a larger step wastes less of its budget of tiles
 
 
 def test_folds_with_losses_of_their_own_are_not_stacked():

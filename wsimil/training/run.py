@@ -96,7 +96,7 @@ def train(
         for fold in folds
         for seed in seeds
     ]
-    stacked = _are_stacked(plans, config, device)
+    stacked = _are_stacked(plans, config, device, say)
     _check(plans, bag_folder, device)
     tables = {out / "splits.csv": (cohort.splits[COLUMNS], splits), out / "labels.csv": (cohort.labels, labels)}
     for path, (table, given) in tables.items():
@@ -223,13 +223,16 @@ def _store(bags: BagFolder, plans: list[_Plan], config: TrainConfig, device: str
     return TileStore(bags, memory_bytes=(int(config.memory_gb * 1e9) or free_bytes()) // sharers)
 
 
-def _are_stacked(plans: list[_Plan], config: TrainConfig, device: str) -> bool:
+def _are_stacked(plans: list[_Plan], config: TrainConfig, device: str, say: Callable[[str], None]) -> bool:
+    """Whether all are trained as one program; where that would be worth it and cannot be, the reason is said."""
     worth = len(plans) > 1 and device.startswith("cuda") and config.devices == 1
     if config.stack == "off" or (config.stack == "auto" and not worth):
         return False
     reason = "a stack trains on one device" if config.devices > 1 else unstackable(config, [plan.task for plan in plans])
     if reason and config.stack == "on":
         raise UsageError(f"--stack on: {reason}; train one after the other with --stack off")
+    if reason:
+        say(f"models are trained one after the other: {reason}")
     return reason is None
 
 

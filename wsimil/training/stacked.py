@@ -106,12 +106,12 @@ def fit_stacked(
         "val": LabelledSlides(store, ids["val"], torch.arange(len(ids["val"]))),
     }
     # of the slides of a step, a model counts on average as many as it would have alone
-    alone = sum(len(member.ids["train"]) for member in members) / len(members)
+    wider = len(ids["train"]) * len(members) / sum(len(member.ids["train"]) for member in members)
     limit = max(1, piece_tiles(device) // len(members))
     steps = Steps(
         slides["train"],
-        bags_per_step=max(1, round(config.bags_per_step * len(ids["train"]) / alone)),
-        tiles_per_step=config.tiles_per_step,
+        bags_per_step=max(1, round(config.bags_per_step * wider)),
+        tiles_per_step=round(config.tiles_per_step * wider),
         limit=limit,
         shuffle_seed=config.seed,
     )
