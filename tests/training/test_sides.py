@@ -79,9 +79,9 @@ def test_the_epoch_is_chosen_by_the_loss_of_the_validation_slides(cohort, stack)
     runs = fitted(cohort, epochs=6, lr=0.01, seeds=2, stack=stack)
     for run in runs:
         table = pd.read_csv(run / "metrics.csv")
-        best = int(table["val_loss"].idxmin())
+        best = int(table["val_loss"].argmin())
         trained = load_model(run)
-        assert best != int(table["train_loss"].idxmin())  # else this shows nothing
+        assert best != table["train_loss"].argmin()  # else this shows nothing
         assert trained.content["best_epoch"] == best and trained.content["val_loss"] == table["val_loss"][best]
 
 
