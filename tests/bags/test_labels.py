@@ -435,3 +435,10 @@ def test_a_column_of_several_labels_knows_those_it_is_told_of(table):
     config = LabelsConfig(task="multilabel")
     labels = read_labels(table("slide,label\na,A\nb,B\n"), config, names=("A", "C"))
     assert labels["label"].tolist() == ["A=1;B=0;C=0", "A=0;B=1;C=0"]
+
+
+def test_a_semicolon_in_the_name_of_a_slide_makes_no_patient_of_it(table):
+    labels = read_labels(table("slide,label\ns;1,1\nx/s;2.svs,0\ns3,0\n"), CONFIG)
+    given = [("s;1", "s;1", "s;1"), ("x/s;2.svs", "x__s;2", "x__s;2"), ("s3", "s3", "s3")]
+    found, others = labels_of_rows(labels, predicted(*given))
+    assert rows(found[["slide_id", "label"]]) == [("s3", "0"), ("s;1", "1"), ("x__s;2", "0")] and others == 0

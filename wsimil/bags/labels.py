@@ -225,7 +225,7 @@ def labels_of_rows(labels: Table, rows: Table) -> tuple[Table, int]:
     # y/a.svs, which was not predicted, is not x/a.svs, which was
     found = found.mask(~exact & found.isin(found[exact]) & paths.map(lambda path: len(path.parts) > 1), None)
     if "patient" in rows:
-        several = rows["slide"].str.contains(";") if "slide" in rows else False
+        several = _name_several(rows["slide"], ids) if "slide" in rows else False
         pooled = set(ids[(ids == rows["patient"]) & (several | ~ids.isin(found))])
     else:
         pooled = set()
@@ -244,6 +244,11 @@ def labels_of_rows(labels: Table, rows: Table) -> tuple[Table, int]:
             raise LabelsError(f"patient {patient}: {error} of its slides; one bag per patient has one label") from error
     matched = pd.concat([named, pd.DataFrame(parts, columns=named.columns)], ignore_index=True)
     return matched, int((~of_patient & ~of_slide).sum())
+
+
+def _name_several(slides: Table, ids: Table) -> Table:
+    """Whether a cell names the slides of a patient, separated by `;`, and not one slide with a `;` in its name."""
+    return slides.str.contains(";") & (slides != ids) & (slides.map(_path_of).map(slide_id_from_path) != ids)
 
 
 def slide_ids_of(labels: Table) -> Table:
