@@ -221,13 +221,12 @@ class _Run:
 
 
 def _read_run(folder: Path, say: Callable[[str], None]) -> _Run:
-    folders = (
-        [folder] if (folder / "model.json").exists() else sorted(path.parent for path in folder.glob("fold*-seed*/model.json"))
-    )
+    alone = (folder / "model.json").exists()
+    folders = [folder.resolve()] if alone else sorted(path.parent for path in folder.glob("fold*-seed*/model.json"))
     if not folders:
         raise UsageError(f"{folder}: no finished model in it; `wsimil train` makes one")
     models = [load_model(path) for path in folders]
-    root = folder.parent if folders == [folder] else folder
+    root = _run_of(folder) if alone else folder
     _check_one_recipe(root, models)
     for model in models:
         if model.task.kind != models[0].task.kind or model.task.classes != models[0].task.classes:
@@ -262,6 +261,12 @@ def _read_run(folder: Path, say: Callable[[str], None]) -> _Run:
                 f"{model.folder} if its fold or seed is no longer wanted"
             )
     return _Run(models, splits, labels.set_index("slide_id"))
+
+
+def _run_of(fold: Path) -> Path:
+    """The run that a fold is of: where its folder lies, or else where the link to it stands."""
+    places = [fold.resolve().parent, fold.absolute().parent]
+    return next((place for place in places if (place / "splits.csv").exists() or (place / "labels.csv").exists()), places[0])
 
 
 def _check_one_recipe(root: Path, models: list[TrainedModel]) -> None:

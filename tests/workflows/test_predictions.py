@@ -232,6 +232,44 @@ def test_some_slides_alone_are_predicted(cohort, tmp_path):
     assert sorted(few["slide_id"]) == some
 
 
+@pytest.mark.parametrize("called", [".", "link", "copied beside its tables", "linked beside its tables"])
+def test_a_fold_knows_its_training_slides_whatever_its_folder_is_called(cohort, tmp_path, monkeypatch, called):
+    fold, model = cohort / "run/fold0-seed0", Path(".")
+    if called == ".":
+        monkeypatch.chdir(fold)
+    elif called == "link":
+        (model := tmp_path / "best").symlink_to(fold)
+    else:
+        (model := tmp_path / "run/fold0-seed0").parent.mkdir()
+        for table in ("splits.csv", "labels.csv"):
+            shutil.copy(cohort / "run" / table, tmp_path / "run")
+        shutil.copytree(fold, tmp_path / "elsewhere/fold0-seed0")
+        if called.startswith("copied"):
+            shutil.copytree(fold, model)
+        else:
+            model.symlink_to(tmp_path / "elsewhere/fold0-seed0")
+    rows = predict(cohort, model, tmp_path / "out", quiet=True)
+    pd.testing.assert_frame_equal(rows, predict(cohort, fold, tmp_path / "plain", quiet=True))
+    assert set(rows["split"]) == {"test"}
+
+
+@pytest.mark.parametrize("called", ["features_toy", ".", "../features_toy", "link", "a link in the job"])
+def test_slides_that_failed_are_rows_however_the_folder_of_bags_is_called(cohort, tmp_path, monkeypatch, called):
+    geometry = tmp_path / "job/20x_224px_0px_overlap"
+    shutil.copytree(cohort / "features_toy", geometry / "features_toy")
+    (tmp_path / "job/status.csv").write_text("slide,slide_id,status,reason,n_tiles,seconds\nx.svs,x,failed,broken,0,1\n")
+    bags = Path(called)
+    if called == "link":
+        (bags := tmp_path / "link").symlink_to(geometry / "features_toy")
+    elif called == "a link in the job":
+        (geometry / "features_toy").rename(tmp_path / "features_toy")
+        (bags := geometry / "features_toy").symlink_to(tmp_path / "features_toy")
+    else:
+        monkeypatch.chdir(geometry if called == "features_toy" else geometry / "features_toy")
+    rows = predict(bags, cohort / "run", tmp_path / "out", quiet=True).set_index("slide_id")
+    assert rows.loc["x", ["slide", "status"]].tolist() == ["x.svs", "failed"]
+
+
 def test_a_table_without_slides_is_no_predictions_table(tmp_path):
     (tmp_path / "predictions.csv").write_text("slide,prob_a,prob_b\ns,0.1,0.9\n")
     with pytest.raises(UsageError, match="no column slide_id"):

@@ -142,7 +142,10 @@ def read_status(path: Path) -> dict[str, Row]:
 
 def slides_of_job(bags: BagFolder) -> dict[str, Row]:
     """Rows of the job folder that a folder of bags lies in; none for bags that lie elsewhere."""
-    return read_status(bags.folder.parent.parent / "status.csv")
+    for folder in (Path(os.path.abspath(bags.folder)), bags.folder.resolve()):  # as it is called, and where a link leads
+        if rows := read_status(folder.parent.parent / "status.csv"):
+            return rows
+    return {}
 
 
 class Books:
