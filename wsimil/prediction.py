@@ -67,9 +67,9 @@ def predict(
         The rows of `predictions.csv`.
 
     Raises:
-        UsageError: no finished model, or models and splits that do not belong together.
+        UsageError: no finished model, models and splits that do not belong together, or something else lies in `out`.
         LabelsError: slides of one patient, to be predicted as one bag, with different labels.
-        EncoderMismatchError: the bags are another encoder's.
+        EncoderMismatchError: the bags are another encoder's, or of another width.
     """
     config = config or PredictConfig()
     run = _read_run(Path(model), say)
@@ -77,20 +77,21 @@ def predict(
     for remark in bag_folder.remarks:
         say(remark)
     _check_encoder(bag_folder, run)
+    _check_out(Path(out))
     if run.filter != NO_FILTER:
         say(f"tiles are filtered as the model's were: {_described(run.filter)}")
     device = resolve_device(config.device)
     for trained in run.models:
         trained.model.to(device)
-    make_output_folder(Path(out) / "scores")
-    sweep_temporary_files(Path(out) / "scores")
-    (Path(out) / "predictions.csv").unlink(missing_ok=True)  # half-done work must not look done
     statuses = slides_of_job(bag_folder)
     rows: list[dict] = []
     groups = _groups(bag_folder, run, config)
     chosen = {name: run.models_for(slide_ids[0]) for name, slide_ids in groups.items()}
     tested = [name for name in groups if any(chosen[name].values())]
     described = {name: run.describe(groups[name], statuses) for name in tested}  # what is wrong there is said before the work
+    make_output_folder(Path(out) / "scores")
+    sweep_temporary_files(Path(out) / "scores")
+    (Path(out) / "predictions.csv").unlink(missing_ok=True)  # half-done work must not look done
     n_left = 0
     for name in progress(tested, "predict", unit=config.bag, quiet=quiet):
         slide_ids, by_fold = groups[name], {fold: models for fold, models in chosen[name].items() if models}
@@ -295,6 +296,11 @@ def _check_encoder(bags: BagFolder, run: _Run) -> None:
                 f"{bags.folder} was made by {describe_encoder(bags.encoder)}, {model.folder.name} learned from "
                 f"{describe_encoder(model.encoder)}; extract with the model's encoder"
             )
+        if model.content["dim"] != bags.dim:
+            raise EncoderMismatchError(
+                f"the bags of {bags.folder} are {bags.dim} wide, those that {model.folder.name} learned from {model.content['dim']}; "
+                "extract with the model's encoder"
+            )
         learned = model.content.get("effective_mpp")
         seen = next(iter(bags.headers.values())).attributes.get("effective_mpp")
         if learned and seen and abs(float(seen) / learned - 1) > 0.02:
@@ -302,6 +308,13 @@ def _check_encoder(bags: BagFolder, run: _Run) -> None:
                 f"{bags.folder} is seen at {float(seen):.3g} µm/px, {model.folder.name} learned at {learned:.3g}; "
                 "extract at the model's scale"
             )
+
+
+def _check_out(out: Path) -> None:
+    """Raises UsageError where the settings of something else, as of a run, would be replaced."""
+    config = out / "config.yaml"
+    if config.is_file() and not config.read_bytes().startswith(b"predict:"):
+        raise UsageError(f"{config} is not of predictions, but of a run or of something else, and would be replaced; take another --out")
 
 
 def _groups(bags: BagFolder, run: _Run, config: PredictConfig) -> dict[str, list[str]]:

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file, save, save_file
 from toy_bags import write_cohort
 
 from wsimil.bags.bag import Geometry, read_bag, write_bag
 from wsimil.cli import main
 from wsimil.config import PredictConfig, Settings, SplitConfig, TrainConfig
-from wsimil.errors import LabelsError, UsageError
+from wsimil.errors import EncoderMismatchError, LabelsError, UsageError
 from wsimil.evaluation import evaluate_predictions
 from wsimil.evaluation.table import mean_over_folds, read_predictions
 from wsimil.files import atomic_path
@@ -80,7 +81,7 @@ def test_slides_of_one_patient_that_contradict_each_other_are_an_error_before_an
     label_of(**{one: "pos", other: "neg"})
     with pytest.raises(LabelsError, match=f"patient {patient}: labels 'pos' and 'neg' of its slides"):
         predict(cohort, cohort / "run", tmp_path, config=POOLED, quiet=True)
-    assert not list(tmp_path.glob("scores/*.h5"))
+    assert not list(tmp_path.iterdir())
     predict(cohort, cohort / "run", tmp_path, quiet=True)  # slides may differ
 
 
@@ -268,6 +269,46 @@ def test_slides_that_failed_are_rows_however_the_folder_of_bags_is_called(cohort
         monkeypatch.chdir(geometry if called == "features_toy" else geometry / "features_toy")
     rows = predict(bags, cohort / "run", tmp_path / "out", quiet=True).set_index("slide_id")
     assert rows.loc["x", ["slide", "status"]].tolist() == ["x.svs", "failed"]
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut off", "gone", "another's"])
+def test_a_damaged_model_is_named_with_the_way_out(cohort, tmp_path, name, damage):
+    shutil.copytree(cohort / "run", tmp_path / "run")
+    path = tmp_path / "run/fold0-seed0" / name
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut off":
+        path.write_bytes(path.read_bytes()[:60])
+    else:
+        path.write_bytes(b"[]" if name == "model.json" else save({"another": torch.zeros(3)}))
+    said = f"fold0-seed0/{name}: cannot be read, or is damaged .*delete .*fold0-seed0 and train again"
+    with pytest.raises(UsageError, match="no finished model" if (name, damage) == ("model.json", "gone") else said):
+        predict(cohort, tmp_path / "run", tmp_path / "out", quiet=True)
+
+
+@pytest.mark.parametrize("out", ["run", "run/fold0-seed0", "project"])
+def test_predictions_replace_the_settings_of_nothing_else(cohort, tmp_path, out):
+    shutil.copytree(cohort / "run", tmp_path / "run")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/config.yaml").write_text("train: {epochs: 3}\n")
+    before = (tmp_path / out / "config.yaml").read_bytes()
+    with pytest.raises(UsageError, match=rf"{out}/config\.yaml is not of predictions.*another --out"):
+        predict(cohort, cohort / "run", tmp_path / out, quiet=True)
+    assert (tmp_path / out / "config.yaml").read_bytes() == before and not (tmp_path / out / "scores").exists()
+
+
+def test_bags_of_another_width_are_refused_before_anything_is_written(cohort, tmp_path):
+    for number in range(2):
+        path = tmp_path / f"features_toy/w{number}.h5"
+        bag = read_bag(cohort / "features_toy/s00.h5")
+        wide = replace(bag, features=np.tile(bag.features, 2), attributes={**bag.attributes, "slide_id": path.stem})
+        write_bag(path, wide, Geometry(224, 224.0, 0, 20_000, 20_000, 0.5, 0.5, path.stem))
+    shutil.copytree(cohort / "slides", tmp_path / "out")
+    for out in ("out", "new"):
+        with pytest.raises(EncoderMismatchError, match="are 24 wide, those that fold0-seed0 learned from 12"):
+            predict(tmp_path, cohort / "run", tmp_path / out, quiet=True)
+    assert (tmp_path / "out/predictions.csv").exists() and not (tmp_path / "new").exists()
 
 
 def test_a_table_without_slides_is_no_predictions_table(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,23 +84,26 @@ def load_model(run: str | Path) -> TrainedModel:
     """Read `model.json` and `model.safetensors`; nothing in them is executed.
 
     Raises:
-        UsageError: not a finished run, or of a newer format.
+        UsageError: not a finished run, a damaged one, or of a newer format.
     """
     run = Path(run)
-    try:
+    if not (run / "model.json").exists():
+        raise UsageError(f"{run}: no finished model in it; `wsimil train` makes one")
+    with _whole(run / "model.json"):
         content = read_json(run / "model.json")
+        form, form_version = content["format"], content.get("format_version", 0)
+    with _whole(run / "model.safetensors"):
         state = load_file(run / "model.safetensors")
-    except Exception as error:  # safetensors raises its own kind on a damaged file
-        raise UsageError(f"{run}: no finished model in it ({error})") from error
-    if content.get("format") != "wsimil-model" or content.get("format_version", 0) > MODEL_FORMAT:
-        raise UsageError(f"{run}: model format {content.get('format_version')} is newer than this wsimil reads; upgrade it")
+    if form != "wsimil-model" or form_version > MODEL_FORMAT:
+        raise UsageError(f"{run}: model format {form_version} is newer than this wsimil reads; upgrade it")
     try:
         limits = FilterConfig(**content.get("filter", {}))  # models older than filters saw every tile
     except TypeError as error:
         raise UsageError(f"{run}: its filter {content['filter']} has keys this wsimil does not know; upgrade it") from error
     task = Task.from_json(content["task"])
     model = Standardized(build_aggregator(content, task, check=False))
-    model.load_state_dict(state)
+    with _whole(run / "model.safetensors"):
+        model.load_state_dict(state)
     model.eval()
     return TrainedModel(
         model=model,
@@ -115,3 +119,15 @@ def load_model(run: str | Path) -> TrainedModel:
         content=content,
         weights_sha256=file_sha256(run / "model.safetensors"),
     )
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Whatever a damaged file of a model trips over becomes a UsageError that names it."""
+    try:
+        yield
+    except Exception as error:  # safetensors and torch raise kinds of their own
+        said = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{path}: cannot be read, or is damaged ({said}); copy it anew, or delete {path.parent} and train again"
+        ) from error
