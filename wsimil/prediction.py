@@ -298,8 +298,8 @@ def _check_encoder(bags: BagFolder, run: _Run) -> None:
             )
         if model.content["dim"] != bags.dim:
             raise EncoderMismatchError(
-                f"the bags of {bags.folder} are {bags.dim} wide, those that {model.folder.name} learned from {model.content['dim']}; "
-                "extract with the model's encoder"
+                f"the bags of {bags.folder} are {bags.dim} wide, those that {model.folder.name} learned from "
+                f"{model.content['dim']}; extract with the model's encoder"
             )
         learned = model.content.get("effective_mpp")
         seen = next(iter(bags.headers.values())).attributes.get("effective_mpp")
@@ -314,16 +314,25 @@ def _check_out(out: Path) -> None:
     """Raises UsageError where the settings of something else, as of a run, would be replaced."""
     config = out / "config.yaml"
     if config.is_file() and not config.read_bytes().startswith(b"predict:"):
-        raise UsageError(f"{config} is not of predictions, but of a run or of something else, and would be replaced; take another --out")
+        raise UsageError(
+            f"{config} is not of predictions, but of a run or of something else, and would be replaced; take another --out"
+        )
 
 
 def _groups(bags: BagFolder, run: _Run, config: PredictConfig) -> dict[str, list[str]]:
     if config.bag == "slide":
         return {slide_id: [slide_id] for slide_id in bags.slide_ids}
     groups: dict[str, list[str]] = defaultdict(list)
-    for slide_id in bags.slide_ids:
-        groups[str(run.labels.loc[slide_id, "patient"]) if slide_id in run.labels.index else slide_id].append(slide_id)
-    return dict(groups)
+    known = [slide_id for slide_id in bags.slide_ids if slide_id in run.labels.index]
+    for slide_id in known:
+        groups[str(run.labels.loc[slide_id, "patient"])].append(slide_id)
+    new = {slide_id: [slide_id] for slide_id in bags.slide_ids if slide_id not in run.labels.index}
+    if both := sorted(new.keys() & groups.keys()):
+        raise UsageError(
+            f"{both[0]} is a new slide and a patient of the model's ({some_of(groups[both[0]])}); with --bag patient both would be "
+            "one row: rename the slide, or predict with --bag slide"
+        )
+    return groups | new
 
 
 def _predict_one(

@@ -311,6 +311,27 @@ def test_bags_of_another_width_are_refused_before_anything_is_written(cohort, tm
     assert (tmp_path / "out/predictions.csv").exists() and not (tmp_path / "new").exists()
 
 
+def add_bag(cohort: Path, folder: Path, name: str, **attributes: str) -> Path:
+    """The cohort's bags, and one more: s00 with features of its own."""
+    if not (folder / "features_toy").exists():
+        shutil.copytree(cohort / "features_toy", folder / "features_toy")
+    bag = read_bag(cohort / "features_toy/s00.h5")
+    attributes = {**bag.attributes, "slide_id": name, "slide_fingerprint": name, **attributes}
+    other = replace(bag, features=bag.features + 1, attributes=attributes)
+    write_bag(folder / f"features_toy/{name}.h5", other, Geometry(224, 224.0, 0, 20_000, 20_000, 0.5, 0.5, name))
+    return folder / f"features_toy/{name}.h5"
+
+
+def test_a_new_slide_named_like_a_patient_is_not_pooled_with_him(cohort, tmp_path):
+    patient, one, other = slides_of_a_patient(cohort)
+    add_bag(cohort, tmp_path, patient)
+    with pytest.raises(UsageError, match=rf"{patient} is a new slide and a patient of the model's \({one}, {other}\)"):
+        predict(tmp_path, cohort / "run", tmp_path / "out", config=POOLED, quiet=True)
+    assert not (tmp_path / "out").exists()
+    rows = predict(tmp_path, cohort / "run", tmp_path / "out", quiet=True).set_index("slide_id")
+    assert rows.loc[patient, "split"] == "new"
+
+
 def test_a_table_without_slides_is_no_predictions_table(tmp_path):
     (tmp_path / "predictions.csv").write_text("slide,prob_a,prob_b\ns,0.1,0.9\n")
     with pytest.raises(UsageError, match="no column slide_id"):
