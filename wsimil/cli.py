@@ -335,8 +335,10 @@ def _predict(arguments: argparse.Namespace, settings: Settings, say: Callable[[s
 
     table = predict(arguments.bags, arguments.model, arguments.out, config=settings.predict, quiet=arguments.quiet, say=say)
     counts = ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
-    print(f"{Path(arguments.out) / 'predictions.csv'}: {counts}")
-    return 0
+    path = Path(arguments.out) / "predictions.csv"
+    print(f"{path}: {counts}")
+    failed = table[table["status"] == "failed"].drop_duplicates("slide_id")
+    return _ending([f"{row['slide_id']}: {row['reason']}" for row in failed.to_dict("records")], status=path)
 
 
 def _evaluate(arguments: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> int:

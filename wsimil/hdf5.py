@@ -66,6 +66,7 @@ def write_hdf5(
 
     Raises:
         OSError: the file cannot be written; it names the path.
+        BagFormatError: an attribute is text that cannot be written, as of a file name that is not UTF-8.
     """
     layout: dict[str, Any] = {"libver": ("v108", "v110"), "alignment_threshold": 1, "alignment_interval": 8}
     try:
@@ -80,6 +81,8 @@ def write_hdf5(
                 file.attrs["complete"] = 1
             if sink.error is not None:
                 raise sink.error
+    except UnicodeEncodeError as error:
+        raise BagFormatError(f"{path}: {error.object!r} is not UTF-8, so it cannot be written; rename that file") from error
     except OSError as error:
         code = error.errno or errno.EIO
         raise OSError(code, os.strerror(code) if error.errno else f"cannot be written ({error})", str(path)) from error

@@ -2,7 +2,8 @@
 
 - A slide of the cohort is predicted only by the folds where it is in test, a row of each; a new slide by the mean of all folds.
 - Slides of a patient that are one bag have one label: what is said of any of them, or an error where that is two things.
-- Slides without tiles, and slides that failed, have a row that says so: no slide is lost on the way to the metrics.
+- Slides without tiles, and slides that failed, have a row that says so: no slide is lost on the way to the metrics. A bag that
+  cannot be read is such a slide; the others are predicted.
 - A slide that the encoder was pretrained on is marked in its row, so that whoever has only the table knows.
 - A model without the splits and labels of its run is a model of new slides alone.
 - Bags of another encoder than the model's are refused; tiles are filtered as the model's were, never otherwise.
@@ -29,7 +30,7 @@ from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import COLUMNS, read_splits, splits_hash
 from wsimil.batch import BagBatch, BagOutput, pack
 from wsimil.config import FilterConfig, PredictConfig, Settings
-from wsimil.errors import EncoderMismatchError, LabelsError, UsageError, WsimilError, some_of
+from wsimil.errors import BagFormatError, EncoderMismatchError, LabelsError, UsageError, WsimilError, some_of
 from wsimil.evaluation.table import ENSEMBLE, SEEN
 from wsimil.extraction.extract import resolve_device
 from wsimil.extraction.job import Row, slides_of_job
@@ -100,33 +101,40 @@ def predict(
             row["slide_id"] = name
         if any(bag_folder.headers[slide_id].attributes.get("encoder_saw_slide") for slide_id in slide_ids):
             row[SEEN] = "1"
-        filled = [slide_id for slide_id in slide_ids if bag_folder.n_valid(slide_id) > 0]
         models = [model for own in by_fold.values() for model in own]
         said: list[np.ndarray] = []
-        if filled:
-            key = _key(bag_folder, filled, models, name=name)
-            kept = _kept_logits(Path(out), filled, key)
-            n_left += kept is not None
-            said = kept or _predict_one(bag_folder, filled, models, run.task, device, Path(out), name=name, key=key)
+        ending = {"status": "empty"}
+        try:
+            filled = [slide_id for slide_id in slide_ids if bag_folder.n_valid(slide_id) > 0]
+            if filled:
+                key = _key(bag_folder, filled, models, name=name)
+                kept = _kept_logits(Path(out), filled, key)
+                n_left += kept is not None
+                said = kept or _predict_one(bag_folder, filled, models, run.task, device, Path(out), name=name, key=key)
+                ending = {"status": "done"}
+        except BagFormatError as error:
+            ending = _failed(error)
+            say(f"{_in_utf8(name)}: failed: {ending['reason']}")
         logits = iter(said)  # fold by fold, as the models
         for fold, own in by_fold.items():
-            columns = _decoded([next(logits) for _ in own], own) if filled else {}
-            rows.append(row | columns | _side_of(fold) | {"status": "done" if filled else "empty"})
+            columns = _decoded([next(logits) for _ in own], own) if said else {}
+            rows.append(row | columns | _side_of(fold) | ending)
     if n_left:
         say(f"{n_left} of {len(tested)} {config.bag}s were predicted before by the same models; left as they are")
     if len(tested) < len(groups):
         say(f"{len(groups) - len(tested)} {config.bag}s are in no test fold of this model, so they are not predicted")
     for status in statuses.values():
         if status.status == "failed" and status.slide_id not in bag_folder.headers:
-            row = run.describe([status.slide_id], statuses) | {"status": "failed"}
+            row = run.describe([status.slide_id], statuses) | _failed(status.reason)
             rows += [row | _side_of(fold) for fold in run.models_for(status.slide_id) or [""]]
     rows += _without_bag(bag_folder, run, statuses, say) if only is None else []
     written = {slide_id for row in rows if row["status"] == "done" for slide_id in groups.get(row["slide_id"], [])}
     for path in (Path(out) / "scores").glob("*.h5"):
         if path.stem not in written and _is_ours(path):  # of an earlier prediction of other slides
             path.unlink()
-    columns = _columns(run.task) + [column for column in ("group", SEEN) if any(column in row for row in rows)]
-    table = pd.DataFrame(rows, columns=columns).sort_values("slide_id", ignore_index=True, kind="stable")
+    columns = _columns(run.task) + [column for column in ("group", SEEN, "reason") if any(column in row for row in rows)]
+    written_as = [{key: _in_utf8(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows]
+    table = pd.DataFrame(written_as, columns=columns).sort_values("slide_id", ignore_index=True, kind="stable")
     save_settings(Path(out) / "config.yaml", Settings(predict=config), ["predict"])
     with atomic_path(Path(out) / "predictions.csv") as temporary:
         table.to_csv(temporary, index=False)  # every digit that is there: rounded, confident predictions would be ties
@@ -147,7 +155,17 @@ def _without_bag(bags: BagFolder, run: _Run, statuses: dict[str, Row], say: Call
         f"{len(names)} test slides of the model have no bag in {bags.folder}, so they are not predicted "
         f"(status failed): {some_of(names)}"
     )
-    return [run.describe([name], statuses) | _side_of(str(fold)) | {"status": "failed"} for name, fold in absent]
+    failed = _failed(f"no bag in {bags.folder}")
+    return [run.describe([name], statuses) | _side_of(str(fold)) | failed for name, fold in absent]
+
+
+def _failed(reason: object) -> dict[str, str]:
+    return {"status": "failed", "reason": _in_utf8(" ".join(str(reason).split()))}
+
+
+def _in_utf8(text: str) -> str:
+    """Names of files may hold bytes that are no text: those are written as `\\udce9`."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _is_ours(scores: Path) -> bool:
@@ -338,8 +356,13 @@ def _groups(bags: BagFolder, run: _Run, config: PredictConfig) -> dict[str, list
 def _predict_one(
     bags: BagFolder, slide_ids: list[str], models: list[TrainedModel], task: Task, device: str, out: Path, *, name: str, key: str
 ) -> list[np.ndarray]:
-    """Predict slides as one bag of this name; write their tile scores, the mean over models; return each model's logits (1, C)."""
-    batch = _one_bag([bags.load(slide_id) for slide_id in slide_ids]).to(device)
+    """Predict slides as one bag of this name; write their tile scores, the mean over models; return each model's logits (1, C).
+
+    Raises:
+        BagFormatError: a bag that cannot be read, or whose name cannot be written.
+        OSError: the scores cannot be written.
+    """
+    batch = _one_bag([_loaded(bags, slide_id) for slide_id in slide_ids]).to(device)
     with torch.inference_mode():
         outputs = [model.model(batch, explain=True) for model in models]
     scores = _tile_scores(outputs, models, batch, task)
@@ -353,6 +376,13 @@ def _predict_one(
         _write_scores(out / "scores" / f"{slide_id}.h5", bags.headers[slide_id], keep, mine, models, said)
         start = rows.stop
     return logits
+
+
+def _loaded(bags: BagFolder, slide_id: str) -> BagBatch:
+    try:
+        return bags.load(slide_id)
+    except OSError as error:  # the slide's, as a damaged file is; not that of where scores are written
+        raise BagFormatError(f"{bags.headers[slide_id].path}: cannot be read ({error.strerror or error})") from error
 
 
 def _key(bags: BagFolder, slide_ids: list[str], models: list[TrainedModel], *, name: str) -> str:

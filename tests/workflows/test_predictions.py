@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +19,7 @@ from safetensors.torch import load_file, save, save_file
 from toy_bags import write_cohort
 
 from wsimil.bags.bag import Geometry, read_bag, write_bag
+from wsimil.bags.dataset import BagFolder
 from wsimil.cli import main
 from wsimil.config import PredictConfig, Settings, SplitConfig, TrainConfig
 from wsimil.errors import EncoderMismatchError, LabelsError, UsageError
@@ -330,6 +334,46 @@ def test_a_new_slide_named_like_a_patient_is_not_pooled_with_him(cohort, tmp_pat
     assert not (tmp_path / "out").exists()
     rows = predict(tmp_path, cohort / "run", tmp_path / "out", quiet=True).set_index("slide_id")
     assert rows.loc[patient, "split"] == "new"
+
+
+@pytest.mark.parametrize("wrong", ["NaN", "not to be read", "its name", "replaced meanwhile"])
+def test_a_slide_that_cannot_be_predicted_is_a_row_with_a_reason(cohort, tmp_path, monkeypatch, capsys, wrong):
+    name = "caf\udce9" if wrong == "its name" else "zz"
+    path = add_bag(cohort, tmp_path, name.encode(errors="backslashreplace").decode())
+    if wrong == "its name":  # of another program's bag, its file is its id
+        path.unlink()
+        with h5py.File(os.fsencode(tmp_path / f"features_toy/{name}.h5"), "w") as file:
+            file.attrs.update({"encoder": "toy", "encoder_sha256": "0" * 64})
+            file["features"], file["coords"] = np.ones((3, 12), np.float32), np.zeros((3, 2), np.int64)
+        said, row = "is not UTF-8, so it cannot be written; rename that", "caf\\udce9"
+    elif wrong == "NaN":
+        bag = read_bag(path)
+        bag.features[1] = np.nan
+        write_bag(path, bag, Geometry(224, 224.0, 0, 20_000, 20_000, 0.5, 0.5, name))
+        said, row = "zz.h5: the features of tile 1 are NaN", name
+    else:
+        load = BagFolder.load
+
+        def spoiled(self, slide_id, **options):
+            if slide_id == name and wrong == "not to be read":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            if slide_id == name:
+                path.write_bytes(path.read_bytes() + b"1")
+            return load(self, slide_id, **options)
+
+        monkeypatch.setattr(BagFolder, "load", spoiled)
+        said, row = {"not to be read": "zz.h5: cannot be read (Permission", "replaced meanwhile": "changed while"}[wrong], name
+    shutil.copytree(cohort / "slides", tmp_path / "out")
+    assert main(["predict", str(tmp_path), "--model", str(cohort / "run"), "--out", str(tmp_path / "out")]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(f"1 failed: {row} (reasons: ") and f"{row}: failed: " in "".join(lines)
+    table = read_predictions(tmp_path / "out/predictions.csv").set_index("slide_id")
+    assert table.loc[row, "status"] == "failed" and said in table.loc[row, "reason"]
+    others = read_predictions(cohort / "slides/predictions.csv").set_index("slide_id")
+    pd.testing.assert_frame_equal(table.drop(index=row)[others.columns], others)
+    assert {path.stem for path in (tmp_path / "out/scores").glob("*.h5")} == set(others.index)
+    metrics = evaluate_predictions(read_predictions(tmp_path / "out/predictions.csv"), n_bootstrap=0)
+    assert metrics["n_failed"] == 1
 
 
 def test_a_table_without_slides_is_no_predictions_table(tmp_path):
