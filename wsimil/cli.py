@@ -337,7 +337,7 @@ def _predict(arguments: argparse.Namespace, settings: Settings, say: Callable[[s
     counts = ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
     path = Path(arguments.out) / "predictions.csv"
     print(f"{path}: {counts}")
-    failed = table[table["status"] == "failed"].drop_duplicates("slide_id")
+    failed = table.query("status == 'failed'").drop_duplicates("slide_id")  # a slide has a row for each fold
     return _ending([f"{row['slide_id']}: {row['reason']}" for row in failed.to_dict("records")], status=path)
 
 
