@@ -1,6 +1,7 @@
 """From models and bags to predictions and tile scores, out of one forward pass.
 
 - A slide of the cohort is predicted only by the folds where it is in test, a row of each; a new slide by the mean of all folds.
+- A slide of the cohort is known by the fingerprint of its content, too: in another folder or renamed, it is no new slide.
 - Slides of a patient that are one bag have one label: what is said of any of them, or an error where that is two things.
 - Slides without tiles, and slides that failed, have a row that says so: no slide is lost on the way to the metrics. A bag that
   cannot be read is such a slide; the others are predicted.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def predict(
         say(remark)
     _check_encoder(bag_folder, run)
     _check_out(Path(out))
+    run = _with_twins(run, bag_folder, say)
     if run.filter != NO_FILTER:
         say(f"tiles are filtered as the model's were: {_described(run.filter)}")
     device = resolve_device(config.device)
@@ -146,9 +148,10 @@ def _without_bag(bags: BagFolder, run: _Run, statuses: dict[str, Row], say: Call
     folds = {model.fold for model in run.models}
     sides: list[dict[str, Any]] = run.splits.to_dict("records")
     tested = [(row["slide_id"], row["fold"]) for row in sides if row["split"] == "test" and row["fold"] in folds]
-    said = {name for name, row in statuses.items() if row.status == "failed"} | set(bags.headers)
+    here = set(bags.headers) | set(run.twins.values())
+    said = {name for name, row in statuses.items() if row.status == "failed"} | here
     absent = [(name, fold) for name, fold in tested if name not in said]
-    if not absent or not any(name in bags.headers for name, _ in tested):  # bags of another cohort
+    if not absent or not any(name in here for name, _ in tested):  # bags of another cohort
         return []
     names = sorted({name for name, _ in absent})
     say(
@@ -196,6 +199,7 @@ class _Run:
     models: list[TrainedModel]
     splits: pd.DataFrame
     labels: Table  # by slide_id
+    twins: dict[str, str] = field(default_factory=dict)  # slide → the slide of the cohort that it is under another id
 
     @property
     def task(self) -> Task:
@@ -326,6 +330,23 @@ def _check_encoder(bags: BagFolder, run: _Run) -> None:
                 f"{bags.folder} is seen at {float(seen):.3g} µm/px, {model.folder.name} learned at {learned:.3g}; "
                 "extract at the model's scale"
             )
+
+
+def _with_twins(run: _Run, bags: BagFolder, say: Callable[[str], None]) -> _Run:
+    """The run with the sides and labels of its own slides under the ids that they have here."""
+    if "slide_fingerprint" not in run.labels:  # of an older run
+        return run
+    own = {content: slide_id for slide_id, content in run.labels["slide_fingerprint"].items() if content}
+    stated = {name: header.attributes.get("slide_fingerprint") for name, header in bags.headers.items()}
+    twins = {name: own[content] for name, content in stated.items() if content in own and name not in run.labels.index}
+    if not twins:
+        return run
+    named = some_of([f"{name} is {twin}" for name, twin in sorted(twins.items())])
+    say(f"{len(twins)} slides are the model's own under another id, and are predicted as those: {named}")
+    labels = run.labels.loc[list(twins.values())].set_axis(pd.Index(twins, name="slide_id")).assign(slide="")
+    sides = run.splits.merge(pd.DataFrame({"slide_id": list(twins.values()), "here": list(twins)}), on="slide_id")
+    sides = sides.assign(slide_id=sides["here"])[list(run.splits)]
+    return replace(run, labels=pd.concat([run.labels, labels]), splits=pd.concat([run.splits, sides]), twins=twins)
 
 
 def _check_out(out: Path) -> None:

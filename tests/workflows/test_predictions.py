@@ -317,7 +317,7 @@ def test_bags_of_another_width_are_refused_before_anything_is_written(cohort, tm
 
 def add_bag(cohort: Path, folder: Path, name: str, **attributes: str) -> Path:
     """The cohort's bags, and one more: s00 with features of its own."""
-    if not (folder / "features_toy").exists():
+    if not (folder / "features_toy").exists():  # else to the bags that are there
         shutil.copytree(cohort / "features_toy", folder / "features_toy")
     bag = read_bag(cohort / "features_toy/s00.h5")
     attributes = {**bag.attributes, "slide_id": name, "slide_fingerprint": name, **attributes}
@@ -374,6 +374,36 @@ def test_a_slide_that_cannot_be_predicted_is_a_row_with_a_reason(cohort, tmp_pat
     assert {path.stem for path in (tmp_path / "out/scores").glob("*.h5")} == set(others.index)
     metrics = evaluate_predictions(read_predictions(tmp_path / "out/predictions.csv"), n_bootstrap=0)
     assert metrics["n_failed"] == 1
+
+
+@pytest.mark.parametrize("config", [PredictConfig(), POOLED])
+def test_slides_of_the_cohort_under_other_ids_are_predicted_as_those_they_are(cohort, tmp_path, config):
+    for number in range(24):
+        old = cohort / f"features_toy/s{number:02}.h5"
+        bag = read_bag(old)
+        renamed = replace(bag, attributes={**bag.attributes, "slide_id": f"batch1__{old.stem}"})
+        path = tmp_path / f"features_toy/batch1__{old.name}"
+        write_bag(path, renamed, Geometry(224, 224.0, 0, 20_000, 20_000, 0.5, 0.5, path.stem))
+    add_bag(cohort, tmp_path, "new")
+    said: list[str] = []
+    rows = predict(tmp_path, cohort / "run", tmp_path / "out", config=config, quiet=True, say=said.append)
+    told = [line for line in said if "under another id" in line]
+    assert told[0].startswith("24 slides are the model's own") and "batch1__s00 is s00" in told[0]
+    assert rows.loc[rows["split"] == "new", "slide_id"].tolist() == ["new"] and not (rows["status"] == "failed").any()
+    own = predict(cohort, cohort / "run", tmp_path / "own", config=config, quiet=True)
+    known = rows[rows["split"] == "test"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(known.drop(columns=["slide", "slide_id"]), own.drop(columns=["slide", "slide_id"]))
+    assert known["slide"].str.replace("batch1__", "").tolist() == own["slide"].tolist()
+
+
+def test_a_run_that_does_not_know_the_content_of_its_slides_predicts_as_before(cohort, tmp_path):
+    shutil.copytree(cohort / "run", tmp_path / "run")
+    labels = pd.read_csv(tmp_path / "run/labels.csv", dtype=str)
+    labels.drop(columns="slide_fingerprint").to_csv(tmp_path / "run/labels.csv", index=False)
+    add_bag(cohort, tmp_path, "s00-again", slide_fingerprint="s00")
+    said: list[str] = []
+    rows = predict(tmp_path, tmp_path / "run", tmp_path / "out", quiet=True, say=said.append).set_index("slide_id")
+    assert rows.loc["s00-again", "split"] == "new" and not any("another id" in line for line in said)
 
 
 def test_a_table_without_slides_is_no_predictions_table(tmp_path):

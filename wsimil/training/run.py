@@ -98,7 +98,8 @@ def train(
     ]
     stacked = _are_stacked(plans, config, device, say)
     _check(plans, bag_folder, device)
-    tables = {out / "splits.csv": (cohort.splits[COLUMNS], splits), out / "labels.csv": (cohort.labels, labels)}
+    known = cohort.labels.assign(slide_fingerprint=_fingerprints(bag_folder, cohort))
+    tables = {out / "splits.csv": (cohort.splits[COLUMNS], splits), out / "labels.csv": (known, labels)}
     for path, (table, given) in tables.items():
         refuse_to_lose(path, table, given)
     # nothing is refused from here on: what a finished run says of itself stands until then
@@ -118,6 +119,12 @@ def train(
         if not quiet:
             say(line)
     return [plan.folder for plan in plans]
+
+
+def _fingerprints(bags: BagFolder, cohort: Cohort) -> list[str]:
+    """Of the slides' content, as their bags state it: under another id they are known by it."""
+    headers = (bags.headers.get(name) for name in cohort.labels["slide_id"])
+    return ["" if header is None else str(header.attributes.get("slide_fingerprint", "")) for header in headers]
 
 
 def _not_planned(out: Path, plans: list[_Plan], cohort: Cohort) -> Iterator[str]:
