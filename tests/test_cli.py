@@ -98,3 +98,33 @@ def test_the_end_of_a_run_groups_reasons_and_names_what_failed(tmp_path, capsys)
     assert whys == ["  30 × the file is empty", "  1 × no µm/px: pass --slide-mpp"]
     assert last == f"31 failed: {', '.join(f's{number}' for number in range(20))} and 11 more (reasons: {tmp_path / 'status.csv'})"
     assert cli._ending([], status=tmp_path / "status.csv") == 0 and not capsys.readouterr().err
+
+
+def write_predictions(path: Path) -> Path:
+    rows = [f"s{number},{'ab'[number % 2]},0.{2 + number},0.{8 - number}" for number in range(4)]
+    path.write_text("\n".join(["slide_id,label,prob_a,prob_b", *rows]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_evaluating_into_a_file_names_it(out: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("x")
+    table = write_predictions(tmp_path / "predictions.csv")
+    assert main(["evaluate", str(table), "--out", str(tmp_path / out), "--bootstrap", "0"]) == 2
+    assert f"{tmp_path / out}: a file of this name" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named(tmp_path: Path, capsys) -> None:
+    """As the system says it: no file can grow."""
+    resource = pytest.importorskip("resource")
+    table = write_predictions(tmp_path / "predictions.csv")
+    assert main(["evaluate", str(table), "--out", str(tmp_path / "out"), "--bootstrap", "0"]) == 0  # imports, too, write files
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        assert main(["evaluate", str(table), "--out", str(tmp_path / "out"), "--bootstrap", "0"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert "File too large" in said and str(tmp_path / "out") in said

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"wsimil: unknown command {name}{nearest(name, COMMANDS)} (wsimil --help lists them)", file=sys.stderr)
         return 2
-    command = COMMANDS[name]
+    command, arguments = COMMANDS[name], argparse.Namespace()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # a cluster's notice: tidy up as for Ctrl-C
     try:
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (WsimilError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:
+            error.filename = getattr(arguments, "out", None)
         print(f"wsimil {name}: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -88,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nwsimil {name}: interrupted; the same command {again}", file=sys.stderr)
         return 130
 
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Writing into an open file ends so, and names no file: the folder of the command has to do."""
 
 _BEGIN_ANEW = ("predict", "evaluate", "report", "probe", "search", "split")
 """Commands that keep no books of what is done."""

@@ -31,7 +31,7 @@ from wsimil.evaluation.intervals import (
     percentile_interval,
 )
 from wsimil.evaluation.table import ENSEMBLE, Predictions, check_predictions
-from wsimil.files import write_json
+from wsimil.files import make_output_folder, write_json
 
 __all__ = ["compare_predictions", "evaluate_predictions", "write_evaluation"]
 
@@ -79,10 +79,14 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """`evaluate_predictions` into `folder`: metrics.json and the plots that the data allow; returns what metrics.json
     holds.
+
+    Raises:
+        UsageError, LabelsError: as `check_predictions` does; a file is where `folder` is to be.
     """
     checked = check_predictions(predictions, labels=labels, kind=kind, classes=classes, positive=positive)
     result = _evaluate(checked, n_bootstrap=n_bootstrap, seed=seed, confidence=confidence)
     folder = Path(folder)
+    make_output_folder(folder)
     (folder / "metrics.json").unlink(missing_ok=True)  # written last: a folder that holds one is complete
     result["plots"] = plots.write_plots(folder, _pooled_rows(checked), n_bootstrap=n_bootstrap, seed=seed, confidence=confidence)
     write_json(folder / "metrics.json", result)
