@@ -165,7 +165,7 @@ def test_a_new_slide_is_predicted_by_all_folds_together(study: Study, tmp_path: 
     write_hdf5(
         folder / "new.h5",
         {"features": Dataset(bag.features), "coords": Dataset(bag.coords_level0_px), "valid": Dataset(bag.valid)},
-        {**read_attributes(bags.headers[old].path), "slide_id": "new"},
+        {**read_attributes(bags.headers[old].path), "slide_id": "new", "slide_fingerprint": "another"},
     )
     table = predict(folder, study.folder / "runs" / "gated_abmil", tmp_path / "out", quiet=True)
     assert table["fold"].tolist() == ["ensemble"] and table["split"].tolist() == ["new"]
