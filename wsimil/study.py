@@ -18,7 +18,7 @@ import pandas as pd
 from wsimil.aggregators import check_aggregator
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.labels import infer_task, match_labels, match_slides, read_labels
-from wsimil.bags.splits import read_splits, splits_hash, write_splits
+from wsimil.bags.splits import COLUMNS, read_splits, refuse_to_lose, splits_hash, write_splits
 from wsimil.config import STUDY_SECTIONS, Settings
 from wsimil.errors import UsageError, WsimilError
 from wsimil.evaluation import write_evaluation
@@ -92,6 +92,7 @@ def run_study(
     if gone := len(list(bags.glob("*.h5"))) - len(folder.slide_ids):
         say(f"{gone} bags in {bags} are of slides that are not in {slides} any more: left out")
     cohort = prepare_cohort(folder, labels, splits=splits, labels_config=settings.labels, split_config=settings.split)
+    refuse_to_lose(out / "splits.csv", cohort.splits[COLUMNS], splits)
     write_splits(out / "splits.csv", cohort.splits)
 
     say("train: one model per fold and seed")
@@ -116,6 +117,7 @@ def run_study(
         lambda: predict(bags, run, predictions, config=settings.predict, only=ids, quiet=quiet, say=say),
     )
     table_hash = file_sha256(predictions / "predictions.csv")
+    failed.extend(_not_predicted(predictions / "predictions.csv", {line.partition(": ")[0] for line in failed}))
     task = cohort.task
     books.stage(
         "evaluate",
@@ -168,6 +170,13 @@ def _check_request(ids: set[str], labels: str | Path, job: Path, splits: str | P
         match_slides(folds["slide_id"], known)
         if config.fold != "all" and int(config.fold) not in set(folds["fold"]):
             raise UsageError(f"--fold {config.fold}: the splits have folds {', '.join(map(str, sorted(set(folds['fold']))))}")
+
+
+def _not_predicted(predictions: Path, known: set[str]) -> list[str]:
+    """A line for each slide that has a bag, and failed when it was predicted."""
+    rows = pd.read_csv(predictions, dtype=str, keep_default_na=False).drop_duplicates("slide_id")
+    rows = rows[(rows["status"] == "failed") & ~rows["slide_id"].isin(known)].to_dict("records")
+    return [f"{row['slide_id']}: {row.get('reason', 'not predicted')}" for row in rows]
 
 
 def _listing(output: Path) -> str:

@@ -26,7 +26,7 @@ from wsimil.files import read_json
 from wsimil.hdf5 import Dataset, open_hdf5, read_attributes, write_hdf5
 from wsimil.prediction import predict
 from wsimil.slides.synthetic import write_cohort
-from wsimil.study import Study, run_study
+from wsimil.study import Study, _not_predicted, run_study
 from wsimil.training import load_model, train
 
 SETTINGS = Settings(
@@ -297,3 +297,9 @@ def test_a_study_follows_its_slides_and_its_files(cohort, study, tmp_path):
     assert any(line.startswith("1 bags in ") for line in said)
     assert names[5] not in set(left.predictions["slide_id"]) and len(left.predictions) == len(names) - 1
     assert names[5] not in (out / "splits.csv").read_text() and not (out / "predictions" / "scores" / f"{names[5]}.h5").exists()
+
+
+def test_a_slide_that_failed_in_predict_is_named_once(tmp_path: Path) -> None:
+    rows = "a,done,\nb,failed,holds NaN\nb,failed,holds NaN\nc,failed,no tissue\n"
+    (tmp_path / "predictions.csv").write_text(f"slide_id,status,reason\n{rows}")
+    assert _not_predicted(tmp_path / "predictions.csv", {"c"}) == ["b: holds NaN"]
