@@ -110,6 +110,11 @@ def test_a_slide_without_a_patient_is_its_own(table):
     assert read_labels(table("slide,label\na,x\n"), CONFIG)["patient"].tolist() == ["a"]
 
 
+def test_the_table_of_clam_names_patients_and_slides_in_its_own_way(table):
+    path = table("case_id,slide_id,label,site\nP,a,x,1\nP,b,y,2\n")
+    assert rows(read_labels(path, CONFIG)) == [("a", "P", "1", "x"), ("b", "P", "2", "y")]
+
+
 @pytest.mark.parametrize("column", ["Patient", "PATIENT", "patient_id", "case_id", "Case ID", "bcr_patient_barcode"])
 def test_a_column_that_looks_like_the_patients_is_not_passed_over(table, column):
     path = table(f"slide,{column},hospital,label\na,P,A,x\nb,P,B,y\n")

@@ -117,3 +117,15 @@ def test_a_group_is_kept_together_beside_the_patient_which_stays_what_it_is(toy,
     assert (found["n_slides"], found["n_patients"], found["n_groups"]) == (24, 12, 4)
     assert main(["evaluate", out, *common, "--out", str(tmp_path / "again"), "--bootstrap", "20"]) == 0
     assert read_json(tmp_path / "again" / "metrics.json")["pooled"] == found["pooled"]
+
+
+def test_patients_are_counted_and_it_is_said_where_none_are_named(toy, tmp_path):
+    names = [f"s{number:02}" for number in range(N_SLIDES)]
+    bags = BagFolder(toy)
+    for column, said in {
+        "patient": "24 slides of 12 patients",
+        "ward": "24 slides of 24 patients; every slide counts as a patient of its own (column patient, or --group)",
+    }.items():
+        rows = [f"{name},P{number // 2},{number // 2 % 2}" for number, name in enumerate(names)]
+        (tmp_path / "labels.csv").write_text("\n".join([f"slide,{column},label", *rows]))
+        assert prepare_cohort(bags, tmp_path / "labels.csv").owners() == f"folds: {said}"

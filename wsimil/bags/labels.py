@@ -56,12 +56,14 @@ def read_labels(
     a value of that column apart, named by its values (`A`; `A+B` where a patient has slides in both; of slides without one, by the
     patient). With `test`, the column that names an official test set, there is a column `official` of its values. With `named_only`
     `patient` is empty where the table names none: for whoever knows patients from elsewhere. `names` are labels that a column of
-    several knows besides those in it.
+    several knows besides those in it. CLAM's columns `case_id` and `slide_id` are patient and slide.
 
     Raises:
         LabelsError: no such file or column, a slide without a name, a column that seems to name patients and is not called so.
     """
     table = read_table(path, LabelsError)
+    if {"case_id", "slide_id"} <= set(table) and not {"slide", "patient"} & set(table):  # CLAM's
+        table = table.rename(columns={"case_id": "patient", "slide_id": "slide"})
     if config.event is not None and "censor" in config.event.lower():
         raise LabelsError(
             f"--event {config.event}: 1 must mean that the event happened, and a column of that name means the opposite; "

@@ -79,6 +79,7 @@ def train(
         say(remark)
     cohort = prepare_cohort(bag_folder, labels, splits=splits, labels_config=settings.labels, split_config=settings.split)
     say(cohort.task.describe(cohort.labels["label"].tolist()))
+    say(cohort.owners())
     for line in cohort.left_out(bag_folder):
         say(line)
     if settings.filter != NO_FILTER:
