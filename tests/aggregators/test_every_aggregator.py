@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -32,14 +34,14 @@ ORDER_MATTERS: set[str] = {"transmil", "dtfd", "r2t"}  # aggregators that go by 
 QUADRATIC: set[str] = {"abmilx", "wikg", "transformer", "transformer_alibi"}
 TILE_PARTS = ("attention_logits", "tile_logits", "tile_embedding", "contributions")
 
-STANDARDIZED = "gated_abmil, standardized"
-every_aggregator = pytest.mark.parametrize("name", [*AGGREGATORS, STANDARDIZED])
+STANDARDIZED = ("gated_abmil, standardized", "acmil, standardized", "dsmil, standardized")
+every_aggregator = pytest.mark.parametrize("name", [*AGGREGATORS, *STANDARDIZED])
 
 
 def make(name: str, n_outputs: int = C, *, dropout: float = 0.25) -> Aggregator:
     torch.manual_seed(0)
     model = make_aggregator(name.split(",")[0], DIM, n_outputs, hidden=16, dropout=dropout)
-    if name == STANDARDIZED:
+    if name in STANDARDIZED:
         model = Standardized(model, torch.randn(DIM), torch.rand(DIM) + 0.5)
     return model.double().eval()
 
@@ -91,6 +93,16 @@ def test_gradients_of_a_packed_batch_are_the_sum_over_its_bags(name):
     singles = [gradients(model, model(batch.bag(index)).logits.square().sum()) for index in range(len(batch))]
     assert packed
     assert_same(packed, {key: torch.stack([single[key] for single in singles]).sum(0) for key in singles[0]})
+
+
+@every_aggregator
+def test_what_padding_is_filled_with_changes_nothing(name, monkeypatch):
+    model, batch = make(name), make_batch(*SIZES)
+    before = parts_of(model(batch, explain=True))
+    ours = [module for path, module in sys.modules.items() if path.startswith("wsimil.aggregators.")]
+    for module in [module for module in ours if hasattr(module, "pad")]:
+        monkeypatch.setattr(module, "pad", partial(pad, fill=1e3))
+    assert_same(parts_of(model(batch, explain=True)), before)
 
 
 @every_aggregator
@@ -292,7 +304,7 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest():
 
 
 def test_standardizing_is_a_shift_and_scale_that_travels_with_the_weights():
-    batch, model = make_batch(*SIZES), make(STANDARDIZED)
+    batch, model = make_batch(*SIZES), make(STANDARDIZED[0])
     assert isinstance(model, Standardized)
     shifted = replace(batch, features=batch.features * model.deviation + model.mean)
     assert_same(parts_of(model(shifted, explain=True)), parts_of(model.inner(batch, explain=True)))
@@ -302,7 +314,7 @@ def test_standardizing_is_a_shift_and_scale_that_travels_with_the_weights():
 
 
 def test_a_feature_that_never_varied_reads_as_zero():
-    batch, model = make_batch(5, 3), make(STANDARDIZED)
+    batch, model = make_batch(5, 3), make(STANDARDIZED[0])
     assert isinstance(model, Standardized)
     model.deviation[4] = torch.inf
     other = batch.features.clone()

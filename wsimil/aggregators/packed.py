@@ -2,7 +2,8 @@
 
 - Works on any device and differentiates; bags never see one another.
 - Sums in float32 at least: a bag of 100,000 tiles would lose its small weights in half precision.
-- `pad` is the only place where padding is made: what needs a dense tensor gets the mask with it, and `unpad` takes it back.
+- `pad` is the only place where parts of different lengths are padded: what needs a dense tensor gets the mask with it, and `unpad`
+  takes it back. What a paper itself fills up (TransMIL's square and segments, R²T's with `compat`) is filled within one bag.
 """
 
 from __future__ import annotations
