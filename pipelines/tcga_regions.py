@@ -87,7 +87,7 @@ def cox_regression(run: Path, means: dict[str, np.ndarray], table: pd.DataFrame)
         x, new = (np.stack([means[name] for name in side]).astype(float) for side in (names, others))
         scale = StandardScaler().fit(x)
         x, new = (torch.from_numpy(scale.transform(rows)) for rows in (x, new))
-        time, event = (torch.from_numpy(known.loc[names, column].to_numpy(float)) for column in ("survival_months", "event"))
+        time, event = (torch.tensor(known.loc[names, column].to_numpy(float)) for column in ("survival_months", "event"))
         weight = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
 

@@ -174,7 +174,7 @@ def _check_request(ids: set[str], labels: str | Path, job: Path, splits: str | P
 
 def _not_predicted(predictions: Path, known: set[str]) -> list[str]:
     """A line for each slide that has a bag, and failed when it was predicted."""
-    rows = pd.read_csv(predictions, dtype=str, keep_default_na=False).drop_duplicates("slide_id")
+    rows: Any = pd.read_csv(predictions, dtype=str, keep_default_na=False).drop_duplicates("slide_id")
     rows = rows[(rows["status"] == "failed") & ~rows["slide_id"].isin(known)].to_dict("records")
     return [f"{row['slide_id']}: {row.get('reason', 'not predicted')}" for row in rows]
 

@@ -141,5 +141,17 @@ def test_regions_have_rows_by_patient_by_site_and_for_survival(monkeypatch, tmp_
     ]
     for row in rows:
         assert 0 <= float(row["mean_pool"].split()[0]) <= 1
-    plain = [row["mean of regions, logistic regression"] for row in rows]
-    assert all(float(value.split()[0]) > 0.9 for value in plain[:2]) and plain[2] == "–"
+    plain = [row[tcga_regions.BASELINE] for row in rows]
+    assert all(float(value.split()[0]) > 0.9 for value in plain[:2])
+
+
+def test_cox_regression_on_means_ranks_those_it_was_not_fitted_on(tmp_path):
+    rng, names = np.random.default_rng(0), [f"s{number:03}" for number in range(120)]
+    means = {name: rng.normal(size=4).astype(np.float32) for name in names}
+    months = [rng.exponential(np.exp(-1.5 * means[name][0])) for name in names]
+    table = pd.DataFrame({"slide": names, "survival_months": months, "event": 1.0})
+    sides = [("test", "val", "train", "train")[(number + shift) % 4] for shift in (0, 1) for number in range(120)]
+    splits = pd.DataFrame({"fold": np.repeat([0, 1], 120), "slide_id": names * 2, "patient": names * 2, "site": "", "split": sides})
+    splits.to_csv(tmp_path / "splits.csv", index=False)
+    found = tcga_regions.cox_regression(tmp_path, means, table)
+    assert len(found) == 2 and min(found) > 0.7

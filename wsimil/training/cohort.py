@@ -41,7 +41,7 @@ class Cohort:
 
     def owners(self) -> str:
         """How many patients there are; folds cannot keep the slides of one together who is not named."""
-        dealt = self.splits.drop_duplicates("slide_id")
+        dealt: Table = self.splits.drop_duplicates("slide_id")
         n_slides, n_patients = len(dealt), dealt["patient"].nunique()
         alone = "; every slide counts as a patient of its own (column patient, or --group)" if n_patients == n_slides else ""
         return f"folds: {n_slides} slides of {n_patients} patients{alone}"
