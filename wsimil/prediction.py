@@ -66,7 +66,7 @@ def predict(
         out: where to write.
 
     Returns:
-        The rows of `predictions.csv`.
+        The rows of `predictions.csv`; `time`, `event` and labels that are values are numbers.
 
     Raises:
         UsageError: no finished model, models and splits that do not belong together, or something else lies in `out`.
@@ -140,7 +140,8 @@ def predict(
     save_settings(Path(out) / "config.yaml", Settings(predict=config), ["predict"])
     with atomic_path(Path(out) / "predictions.csv") as temporary:
         table.to_csv(temporary, index=False)  # every digit that is there: rounded, confident predictions would be ties
-    return table
+    numbers = ["label"] if run.task.has_values else ["time", "event"] if run.task.kind == "survival" else []
+    return table.assign(**{name: pd.to_numeric(table[name]) for name in numbers})
 
 
 def _without_bag(bags: BagFolder, run: _Run, statuses: dict[str, Row], say: Callable[[str], None]) -> list[dict]:

@@ -7,7 +7,10 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
+from wsimil.evaluation import choose_threshold
 from wsimil.evaluation import metrics as ours
+from wsimil.evaluation.intervals import delong, mcnemar_exact
+from wsimil.evaluation.localisation import dice_and_iou
 
 
 def cohort(n: int = 120, *, seed: int = 0, decimals: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -218,6 +221,28 @@ def test_what_is_not_defined_is_nan_not_a_guess() -> None:
 def test_constant_prediction_has_no_correlation_but_a_value() -> None:
     assert ours.matthews(ours.confusion_matrix([0, 1, 1], [1, 1, 1], n_classes=2)) == 0.0
     assert ours.auroc([0, 1, 1], [0.5, 0.5, 0.5]) == 0.5
+
+
+@pytest.mark.parametrize("wrong", [["0", "1", "0"], [1.0, np.nan, 0.0], [0, 1, 2], [True, None, False], [0.2, 0.9, 0.4]])
+def test_what_is_neither_true_nor_false_is_refused(wrong: list) -> None:
+    """numpy takes the text "0" and NaN for true: every censored slide would have had the event."""
+    score, right = np.array([0.1, 0.8, 0.3]), [0, 1, 0]
+    for measured in (
+        lambda truth: ours.auroc(truth, score),
+        lambda truth: ours.average_precision(truth, score),
+        lambda truth: ours.harrell_c(score, truth, score),
+        lambda truth: ours.ipcw_c(score, truth, score),
+        lambda truth: ours.time_dependent_auc(score, truth, score, at=0.2),
+        lambda truth: ours.kaplan_meier(score, truth),
+        lambda truth: choose_threshold(truth, score),
+        lambda truth: delong(truth, score),
+        lambda truth: mcnemar_exact(right, truth),
+        lambda truth: dice_and_iou(truth, score, threshold=0.5),
+    ):
+        measured(right)
+        measured(np.array(right, dtype=object))
+        with pytest.raises(ValueError, match="expected True and False, or the numbers 1 and 0"):
+            measured(wrong)
 
 
 def test_nan_scores_are_refused() -> None:

@@ -15,6 +15,7 @@ from wsimil.bags.bag import Bag, Geometry, write_bag
 from wsimil.cli import main
 from wsimil.config import LabelsConfig, Settings, SplitConfig, TrainConfig
 from wsimil.evaluation import evaluate_predictions
+from wsimil.evaluation.metrics import harrell_c, spearman
 from wsimil.evaluation.table import check_predictions, read_predictions
 from wsimil.hdf5 import open_hdf5, read_attributes
 from wsimil.heatmaps import read_tile_map
@@ -128,6 +129,22 @@ def done(request: pytest.FixtureRequest, bags: Path, tmp_path_factory: pytest.Te
     train(bags, folder / "labels.csv", folder / "run", settings=settings_of(study), quiet=True)
     predict(bags, folder / "run", folder / "predictions", quiet=True)
     return study, folder
+
+
+def test_what_predict_returns_is_measured_as_the_table_is(done: tuple[Study, Path], bags: Path) -> None:
+    study, folder = done
+    returned = predict(bags, folder / "run", folder / "predictions", quiet=True)
+    table = read_predictions(folder / "predictions" / "predictions.csv")
+    of_both = [evaluate_predictions(one, kind=study.kind, n_bootstrap=0)["pooled"]["metrics"] for one in (returned, table)]
+    assert of_both[0] == of_both[1]
+    known = returned[returned["split"] == "test"]
+    if study.kind == "survival":
+        direct = harrell_c(known["time"], known["event"], known["risk"])
+    elif study.metric == "spearman":
+        direct = spearman(known["label"], known["value"])
+    else:
+        return
+    assert float(direct) == pytest.approx(of_both[0][study.metric]["value"])
 
 
 def test_the_answer_is_found_and_measured(done: tuple[Study, Path]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, special
 
+from wsimil.evaluation.binary import as_bool
 from wsimil.evaluation.metrics import calibration_bins
 from wsimil.task import Task
 
@@ -83,7 +84,7 @@ def choose_threshold(labels: ArrayLike, probabilities: ArrayLike) -> float:
     It lies midway between two neighbouring probabilities. Equal cuts: the widest gap, then the one nearest .5, then the
     lower. Returns .5 for one class only, and when no cut is better than chance.
     """
-    labels, probabilities = np.asarray(labels, dtype=bool), np.asarray(probabilities, dtype=np.float64)
+    labels, probabilities = as_bool(labels, "labels"), np.asarray(probabilities, dtype=np.float64)
     if not np.isfinite(probabilities).all():
         raise ValueError("probabilities hold NaN or infinity; a threshold cannot be chosen")
     values, index = np.unique(probabilities, return_inverse=True)

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from wsimil.evaluation.binary import as_bool
+
 __all__ = [
     "Interval",
     "bootstrap_p_value",
@@ -104,7 +106,7 @@ def delong(label: ArrayLike, scores: ArrayLike, *, clusters: ArrayLike | None = 
     With `clusters`, the variance of clustered ROC data (Obuchowski 1997), which is DeLong's (1988) when every slide is
     its own patient. NaN covariance when a class has fewer than two patients.
     """
-    label = np.asarray(label, dtype=bool)
+    label = as_bool(label, "label")
     columns = np.asarray(scores, dtype=np.float64).reshape(label.size, -1)
     names = np.arange(label.size) if clusters is None else np.asarray(clusters)
     cluster = np.unique(names, return_inverse=True)[1]
@@ -172,7 +174,7 @@ def mcnemar_exact(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
 
     Takes the slides as independent: with several slides per patient, prefer the paired bootstrap.
     """
-    correct_a, correct_b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
+    correct_a, correct_b = as_bool(correct_a, "correct_a"), as_bool(correct_b, "correct_b")
     only_a, only_b = int((correct_a & ~correct_b).sum()), int((~correct_a & correct_b).sum())
     if only_a + only_b == 0:
         return 1.0

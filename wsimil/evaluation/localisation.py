@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from scipy import ndimage
 from scipy.spatial import KDTree
 
+from wsimil.evaluation.binary import as_bool
 from wsimil.evaluation.metrics import auroc, average_precision
 
 __all__ = [
@@ -230,7 +231,7 @@ def tile_ranking(slides: Sequence[tuple[ArrayLike, ArrayLike]]) -> dict[str, flo
     """
     if not slides:
         raise ValueError("no slides; a tile ranking needs at least one")
-    labels = np.concatenate([np.asarray(label, dtype=bool) for label, _ in slides])
+    labels = np.concatenate([as_bool(label, "label") for label, _ in slides])
     scores = np.concatenate([np.asarray(score, dtype=np.float64) for _, score in slides])
     mixed = [(label, score) for label, score in slides if 0 < np.count_nonzero(label) < np.asarray(label).size]
     return {
@@ -246,7 +247,7 @@ def dice_and_iou(label: ArrayLike, score: ArrayLike, *, threshold: float) -> tup
     """Overlap of `score >= threshold` with the true tiles; NaN when both are empty, as on a normal slide rightly left
     alone.
     """
-    label, called = np.asarray(label, dtype=bool), np.asarray(score, dtype=np.float64) >= threshold
+    label, called = as_bool(label, "label"), np.asarray(score, dtype=np.float64) >= threshold
     both, either = np.count_nonzero(label & called), np.count_nonzero(label | called)
     if either == 0:
         return float("nan"), float("nan")
@@ -259,7 +260,7 @@ def best_dice_threshold(label: ArrayLike, score: ArrayLike) -> tuple[float, floa
 
     On validation tiles this chooses a threshold. On the evaluated tiles its Dice is an oracle, not a result.
     """
-    label, score = np.asarray(label, dtype=bool), np.asarray(score, dtype=np.float64)
+    label, score = as_bool(label, "label"), np.asarray(score, dtype=np.float64)
     if not label.any():
         return float("nan"), float("nan")
     values, index = np.unique(-score, return_inverse=True)
@@ -273,7 +274,7 @@ def hottest_tile_in_lesion(label: ArrayLike, score: ArrayLike) -> float:
     """Whether the tile with the highest score is a true one: 1 or 0, or the part of the tied hottest tiles; NaN without
     tiles.
     """
-    label, score = np.asarray(label, dtype=bool), np.asarray(score, dtype=np.float64)
+    label, score = as_bool(label, "label"), np.asarray(score, dtype=np.float64)
     return float(label[score == score.max()].mean()) if score.size else float("nan")
 
 

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from wsimil.evaluation.binary import as_bool
+
 __all__ = [
     "accuracy",
     "auroc",
@@ -268,7 +270,7 @@ def spearman(target: ArrayLike, value: ArrayLike, weights: ArrayLike | None = No
 
 def kaplan_meier(time: ArrayLike, event: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Times (U,), rising, and the share still without the event just after each (U,)."""
-    time, event = np.asarray(time, dtype=np.float64), np.asarray(event, dtype=bool)
+    time, event = np.asarray(time, dtype=np.float64), as_bool(event, "event")
     times, index = np.unique(time, return_inverse=True)
     events = np.bincount(index, weights=event, minlength=times.size)
     leaving = np.bincount(index, minlength=times.size)
@@ -315,7 +317,7 @@ def time_dependent_auc(
     """
     time, risk = np.asarray(time, dtype=np.float64), np.asarray(risk, dtype=np.float64)
     weights = _weights(weights, time.size)
-    struck = np.asarray(event, dtype=bool) & (time <= at)
+    struck = as_bool(event, "event") & (time <= at)
     counted = struck * _ratio(np.ones(time.size), _uncensored_before(time, event), otherwise=0.0) + (time > at)
     return auroc(struck, risk, weights * counted)
 
@@ -334,7 +336,7 @@ def integrated_brier(
     Horizons from the last observed time on are left out, for nobody is known to be without the event there; NaN when fewer than
     two remain.
     """
-    time, event = np.asarray(time, dtype=np.float64), np.asarray(event, dtype=bool)
+    time, event = np.asarray(time, dtype=np.float64), as_bool(event, "event")
     horizons, survival = np.asarray(horizons, dtype=np.float64), np.asarray(survival, dtype=np.float64)
     weights = _weights(weights, time.size)
     seen = horizons < time.max(initial=-np.inf)
@@ -498,7 +500,7 @@ def _uncensored(time: ArrayLike, event: ArrayLike) -> tuple[np.ndarray, np.ndarr
     """Times (U,), rising, and the chance of not being censored until just before the first (of all, 1) and just after each
     (U + 1,): events leave before censorings of the same time.
     """
-    time, event = np.asarray(time, dtype=np.float64), np.asarray(event, dtype=bool)
+    time, event = np.asarray(time, dtype=np.float64), as_bool(event, "event")
     times, index = np.unique(time, return_inverse=True)
     events, leaving = np.bincount(index, weights=event, minlength=times.size), np.bincount(index, minlength=times.size)
     at_risk = time.size - (np.cumsum(leaving) - leaving) - events
@@ -545,7 +547,7 @@ def _f1_per_class(confusion: np.ndarray) -> np.ndarray:
 
 def _by_class(label: ArrayLike, score: ArrayLike, weights: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
     """Weight of positives and of negatives at every distinct score, rising: twice (..., distinct)."""
-    label, score = np.asarray(label, dtype=bool), np.asarray(score, dtype=np.float64)
+    label, score = as_bool(label, "label"), np.asarray(score, dtype=np.float64)
     weights = _weights(weights, score.size)
     if np.isnan(score).any():
         raise ValueError("scores hold NaN, which has no rank")
@@ -582,7 +584,7 @@ def _concordance(
     time: ArrayLike, event: ArrayLike, risk: ArrayLike, weights: ArrayLike | None, pair_weight: np.ndarray
 ) -> np.ndarray:
     time, risk = np.asarray(time, dtype=np.float64), np.asarray(risk, dtype=np.float64)
-    event = np.asarray(event, dtype=bool)
+    event = as_bool(event, "event")
     weights = _weights(weights, time.size)
     concordant, comparable = np.zeros(weights.shape[:-1]), np.zeros(weights.shape[:-1])
     starters = np.flatnonzero(event)
