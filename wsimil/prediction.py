@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -75,7 +76,7 @@ def predict(
     """
     config = config or PredictConfig()
     run = _read_run(Path(model), say)
-    bag_folder = BagFolder(bags, filter=run.filter, only=only, cache_bytes=0)  # every slide is read once
+    bag_folder = BagFolder(bags, filter=run.filter, only=only, cache_bytes=0, leave_damaged=True)  # every slide is read once
     for remark in bag_folder.remarks:
         say(remark)
     _check_encoder(bag_folder, run)
@@ -92,6 +93,7 @@ def predict(
     chosen = {name: run.models_for(slide_ids[0]) for name, slide_ids in groups.items()}
     tested = [name for name in groups if any(chosen[name].values())]
     described = {name: run.describe(groups[name], statuses) for name in tested}  # what is wrong there is said before the work
+    _check_filter(bag_folder, [slide_id for name in tested for slide_id in groups[name]])
     make_output_folder(Path(out) / "scores")
     sweep_temporary_files(Path(out) / "scores")
     (Path(out) / "predictions.csv").unlink(missing_ok=True)  # half-done work must not look done
@@ -125,10 +127,12 @@ def predict(
         say(f"{n_left} of {len(tested)} {config.bag}s were predicted before by the same models; left as they are")
     if len(tested) < len(groups):
         say(f"{len(groups) - len(tested)} {config.bag}s are in no test fold of this model, so they are not predicted")
-    for status in statuses.values():
-        if status.status == "failed" and status.slide_id not in bag_folder.headers:
-            row = run.describe([status.slide_id], statuses) | _failed(status.reason)
-            rows += [row | _side_of(fold) for fold in run.models_for(status.slide_id) or [""]]
+    for name, reason in bag_folder.damaged.items():
+        say(f"{_in_utf8(name)}: failed: {_failed(reason)['reason']}")
+    absent = {name: row.reason for name, row in statuses.items() if row.status == "failed"} | bag_folder.damaged
+    for name in absent.keys() - bag_folder.headers.keys():
+        row = run.describe([name], statuses) | _failed(absent[name])
+        rows += [row | _side_of(fold) for fold in run.models_for(name) or [""]]
     rows += _without_bag(bag_folder, run, statuses, say) if only is None else []
     written = {slide_id for row in rows if row["status"] == "done" for slide_id in groups.get(row["slide_id"], [])}
     for path in (Path(out) / "scores").glob("*.h5"):
@@ -144,12 +148,19 @@ def predict(
     return table.assign(**{name: pd.to_numeric(table[name]) for name in numbers})
 
 
+def _check_filter(bags: BagFolder, slide_ids: list[str]) -> None:
+    """Raises UsageError if the filter asks for a score that a bag lacks. What is damaged is a row of the table later."""
+    for slide_id in slide_ids if bags.filter != NO_FILTER else ():
+        with suppress(BagFormatError):
+            bags.kept(slide_id)
+
+
 def _without_bag(bags: BagFolder, run: _Run, statuses: dict[str, Row], say: Callable[[str], None]) -> list[dict]:
     """Failed rows of the run's test slides that have neither a bag here nor a row that says why."""
     folds = {model.fold for model in run.models}
     sides: list[dict[str, Any]] = run.splits.to_dict("records")
     tested = [(row["slide_id"], row["fold"]) for row in sides if row["split"] == "test" and row["fold"] in folds]
-    here = set(bags.headers) | set(run.twins.values())
+    here = set(bags.headers) | set(bags.damaged) | set(run.twins.values())
     said = {name for name, row in statuses.items() if row.status == "failed"} | here
     absent = [(name, fold) for name, fold in tested if name not in said]
     if not absent or not any(name in here for name, _ in tested):  # bags of another cohort

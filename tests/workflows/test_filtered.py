@@ -169,8 +169,11 @@ def test_a_filter_of_a_newer_wsimil_is_refused(run: Path, tmp_path: Path) -> Non
 def test_bags_without_the_score_cannot_be_predicted(cohort: Path, run: Path, tmp_path: Path) -> None:
     bag = make_bag("new", positive=True)
     write_bag(tmp_path / "bags" / "new.h5", replace(bag, qc={}), GEOMETRY)
+    predict(cohort / "bags", run, tmp_path / "out", quiet=True)
+    before = (tmp_path / "out" / "predictions.csv").read_bytes()
     with pytest.raises(UsageError, match=r"new\.h5: no score `blur`"):
         predict(tmp_path / "bags", run, tmp_path / "out", quiet=True)
+    assert (tmp_path / "out" / "predictions.csv").read_bytes() == before
 
 
 def test_the_command_takes_the_limits(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

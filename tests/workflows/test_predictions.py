@@ -22,7 +22,7 @@ from wsimil.bags.bag import Geometry, read_bag, write_bag
 from wsimil.bags.dataset import BagFolder
 from wsimil.cli import main
 from wsimil.config import PredictConfig, Settings, SplitConfig, TrainConfig
-from wsimil.errors import EncoderMismatchError, LabelsError, UsageError
+from wsimil.errors import BagFormatError, EncoderMismatchError, LabelsError, UsageError
 from wsimil.evaluation import evaluate_predictions
 from wsimil.evaluation.table import mean_over_folds, read_predictions
 from wsimil.files import atomic_path
@@ -336,7 +336,7 @@ def test_a_new_slide_named_like_a_patient_is_not_pooled_with_him(cohort, tmp_pat
     assert rows.loc[patient, "split"] == "new"
 
 
-@pytest.mark.parametrize("wrong", ["NaN", "not to be read", "its name", "replaced meanwhile"])
+@pytest.mark.parametrize("wrong", ["NaN", "cut off", "no bytes", "not to be read", "its name", "replaced meanwhile"])
 def test_a_slide_that_cannot_be_predicted_is_a_row_with_a_reason(cohort, tmp_path, monkeypatch, capsys, wrong):
     name = "caf\udce9" if wrong == "its name" else "zz"
     path = add_bag(cohort, tmp_path, name.encode(errors="backslashreplace").decode())
@@ -351,6 +351,9 @@ def test_a_slide_that_cannot_be_predicted_is_a_row_with_a_reason(cohort, tmp_pat
         bag.features[1] = np.nan
         write_bag(path, bag, Geometry(224, 224.0, 0, 20_000, 20_000, 0.5, 0.5, name))
         said, row = "zz.h5: the features of tile 1 are NaN", name
+    elif wrong in ("cut off", "no bytes"):
+        path.write_bytes(path.read_bytes()[: 300 if wrong == "cut off" else 0])
+        said, row = "zz.h5: ", name
     else:
         load = BagFolder.load
 
@@ -374,6 +377,22 @@ def test_a_slide_that_cannot_be_predicted_is_a_row_with_a_reason(cohort, tmp_pat
     assert {path.stem for path in (tmp_path / "out/scores").glob("*.h5")} == set(others.index)
     metrics = evaluate_predictions(read_predictions(tmp_path / "out/predictions.csv"), n_bootstrap=0)
     assert metrics["n_failed"] == 1
+
+
+def test_a_damaged_bag_of_a_test_slide_is_a_row_of_its_fold(cohort, tmp_path):
+    shutil.copytree(cohort / "features_toy", tmp_path / "features_toy")
+    before = read_predictions(cohort / "slides/predictions.csv").set_index("slide_id")
+    name = before.index[before["split"] == "test"][0]
+    (tmp_path / f"features_toy/{name}.h5").write_bytes(b"nothing")
+    rows = predict(tmp_path, cohort / "run", tmp_path / "out", quiet=True).set_index("slide_id")
+    known = ["fold", "split", "label", "patient"]
+    assert rows.loc[name, known].tolist() == before.loc[name, known].tolist()
+    assert rows.loc[name, "status"] == "failed" and f"{name}.h5" in rows.loc[name, "reason"]
+    assert (rows.drop(index=name)["status"] == "done").all() and len(rows) == len(before)
+    for path in (tmp_path / "features_toy").glob("*.h5"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(BagFormatError, match=r"\.h5: "):
+        predict(tmp_path, cohort / "run", tmp_path / "out", quiet=True)
 
 
 @pytest.mark.parametrize("config", [PredictConfig(), POOLED])

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,10 @@ class BagFolder:
         filter: which tiles count; every valid one if not given.
         only: ids of the slides to take; others are as if they were not there.
         cache_bytes: bags kept in memory, at most.
+        leave_damaged: a bag whose header cannot be read is left out and is in `damaged` with the reason, as long as others can be.
+
+    Attributes:
+        damaged: by slide id (of our own bags: by name of the file).
 
     Raises:
         UsageError: no bag in the folder.
@@ -77,19 +81,23 @@ class BagFolder:
         filter: FilterConfig = NO_FILTER,
         only: Collection[str] | None = None,
         cache_bytes: int = 4 << 30,
+        leave_damaged: bool = False,
     ) -> None:
         self.filter = filter
         self._passed_over = 0
+        self.damaged: dict[str, str] = {}
         if foreign := find_foreign(Path(folder)):
             layout, paths = foreign
             self.folder = Path(folder)
-            headers = [layout.header(path, slide_id, Known()) for slide_id, path in paths.items()]
+            headers = self._read_headers(paths, lambda slide_id: layout.header(paths[slide_id], slide_id, Known()), leave_damaged)
         else:
             self.folder = find_features_folder(folder)
-            headers = [read_header(path) for path in sorted(self.folder.glob("*.h5")) if not path.name.startswith(".")]
-            self._passed_over = len({path.stem for path in self.folder.glob("*.pt")} - {header.path.stem for header in headers})
+            paths = {path.stem: path for path in sorted(self.folder.glob("*.h5")) if not path.name.startswith(".")}
+            headers = self._read_headers(paths, lambda stem: read_header(paths[stem]), leave_damaged)
+            self._passed_over = len({path.stem for path in self.folder.glob("*.pt")} - set(paths))
         if only is not None:
             headers = [header for header in headers if header.slide_id in only]
+            self.damaged = {name: reason for name, reason in self.damaged.items() if name in only}
         if not headers:
             raise UsageError(f"{self.folder}: no bag (*.h5) in it" + ("" if only is None else " of these slides"))
         _check_same_encoder(headers)
@@ -103,6 +111,19 @@ class BagFolder:
         self._checked: set[str] = set()
         self._cache: dict[str, Bag] = {}
         self._cache_bytes = self._cache_left = cache_bytes
+
+    def _read_headers(self, names: Iterable[str], read: Callable[[str], BagHeader], leave_damaged: bool) -> list[BagHeader]:
+        headers, first = [], None
+        for name in names:
+            try:
+                headers.append(read(name))
+            except BagFormatError as error:
+                if not leave_damaged:
+                    raise
+                self.damaged[name], first = str(error), first or error
+        if first and not headers:
+            raise first
+        return headers
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_cache": {}, "_cache_left": self._cache_bytes}
