@@ -99,11 +99,12 @@ class EncoderLayer(nn.Module):
         assert self.slopes is not None
         everyone = F.pad(places, (0, 0, 1, 0))  # (N, 2): the first token is nowhere, its distances are set to zero
         own = everyone[start : start + query.shape[2]]
-        apart_um = torch.cdist(own, everyone, compute_mode="donot_use_mm_for_euclid_dist")  # (M, N)
-        apart_um[:, 0] = 0
+        # all heads at once: one more tensor of (M, N) would leave the memory in holes that the next part does not fit into
+        scale = self.slopes.to(places.dtype)[:, None, None]
+        mask = torch.cdist(scale * own, scale * everyone, compute_mode="donot_use_mm_for_euclid_dist").neg_()  # (K, M, N)
+        mask[:, :, 0] = 0
         if start == 0:
-            apart_um[0] = 0
-        mask = -self.slopes.to(apart_um.dtype)[:, None, None] * apart_um  # (K, M, N)
+            mask[:, 0] = 0
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype).unsqueeze(0))
 
 
