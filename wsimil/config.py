@@ -267,6 +267,11 @@ class TrainConfig:
     patience: int = option(15, "stop after so many epochs without a better validation loss")
     select: Literal["val_loss", "last"] = option("val_loss", "weights to keep: those of the least validation loss, or the last")
     keep_epochs: bool = option(False, "keep the weights of every epoch, too: epochs/<epoch>/ is a run that `predict` takes")
+    soup: int = option(
+        0, "so many short trainings begin alike, in orders of their own; training begins at the mean of the best (10); 0: none"
+    )
+    soup_epochs: int = option(5, "epochs of each short training of a soup")
+    soup_kept: int = option(3, "short trainings of a soup that are averaged, those of the least validation loss")
     bags_per_step: int = option(4, "slides in one optimiser step")
     sampling: Literal["shuffle", "balanced", "risk_set"] = option(
         "shuffle", "order of slides; balanced: classes equally often (in place of --balance); risk_set: survival, an event a step"
@@ -299,8 +304,12 @@ class TrainConfig:
     memory_gb: float = option(0.0, "features kept in memory, at most; 0: half of what is free")
 
     def __post_init__(self) -> None:
-        for key in ("hidden", "epochs", "patience", "bags_per_step", "seeds", "time_bins", "devices"):
+        for key in ("hidden", "epochs", "patience", "bags_per_step", "seeds", "time_bins", "devices", "soup_epochs", "soup_kept"):
             _require(getattr(self, key) >= 1, f"train.{key} is {getattr(self, key)}; expected at least 1")
+        _require(self.soup == 0 or self.soup >= 2, f"train.soup is {self.soup}; expected 0, or 2 short trainings and more")
+        for key, most in (("soup_kept", "soup"), ("soup_epochs", "epochs")) if self.soup else ():
+            value, limit = getattr(self, key), getattr(self, most)
+            _require(value <= limit, f"train.{key} is {value}; expected at most train.{most} ({limit})")
         _require(self.focal_gamma >= 0, f"train.focal_gamma is {self.focal_gamma}; expected 0 or more")
         for key in ("label_smoothing", "survival_alpha"):
             _require(0 <= getattr(self, key) < 1, f"train.{key} is {getattr(self, key)}; expected 0 up to 1")

@@ -347,7 +347,8 @@ def test_balanced_sampling_takes_the_place_of_weights(toy, tmp_path):
 
 
 def test_no_argument_leads_from_test_slides_to_the_loop():
-    assert [*inspect.signature(fit).parameters] == ["run", "model", "objective", "train", "val", "config", "device", "ranks", "key"]
+    expected = ["run", "model", "objective", "train", "val", "config", "device", "ranks", "key", "epochs"]
+    assert [*inspect.signature(fit).parameters] == expected
 
 
 @pytest.mark.parametrize("stack", ["off", "on"])

@@ -101,7 +101,8 @@ def settings_of(**changes) -> Settings:
 
 def test_two_processes_end_in_the_weights_of_one(toy, tmp_path, monkeypatch, capsys):
     """Fold 0 from its start, fold 1 from where one process was killed."""
-    alone = train(toy, toy / "labels.csv", tmp_path / "alone", settings=settings_of())
+    soup = {"soup": 2, "soup_epochs": 1, "soup_kept": 1}
+    alone = train(toy, toy / "labels.csv", tmp_path / "alone", settings=settings_of(**soup))
     n_train = read_json(alone[0] / "model.json")["n_train"]
     assert n_train % 4 == 1
 
@@ -115,12 +116,13 @@ def test_two_processes_end_in_the_weights_of_one(toy, tmp_path, monkeypatch, cap
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
         patch.setattr("wsimil.training.loop._LastCheckpoint.on_train_epoch_end", save_now)
         patch.setattr(Loop, "on_train_epoch_start", killed)
-        train(toy, toy / "labels.csv", tmp_path / "shared", settings=settings_of(fold="1"))
+        train(toy, toy / "labels.csv", tmp_path / "shared", settings=settings_of(fold="1", **soup))
     assert (tmp_path / "shared" / "fold1-seed0" / "last.ckpt").exists()
 
     command = ["train", str(toy), "--labels", str(toy / "labels.csv"), "--out", str(tmp_path / "shared"), "--devices", "2"]
     command += ["--device", "cpu", "--folds", "2", "--val-fraction", "0.25", "--aggregator", "clam_sb", "--epochs", "4"]
     command += ["--hidden", "8", "--dropout", "0", "--clip-norm", "0.1", "--precision", "fp32"]
+    command += ["--soup", "2", "--soup-epochs", "1", "--soup-kept", "1"]
     assert main(command) == 0
     printed = capsys.readouterr()
     assert printed.out == f"2 models in {tmp_path / 'shared'}\n" and printed.err.count("of 4, validation loss") == 2

@@ -2,8 +2,7 @@
 
 - The average reaches back over a tenth of the steps so far, at most 1 / (1 - decay): early weights, which are still random, are
   forgotten however short the run.
-- Finished models are not averaged weight by weight (a "soup", Wortsman 2022, arXiv 2203.05482): that is for models fine-tuned from
-  the same trained weights. Ours begin at random ones, other for every seed; what they predict is averaged instead.
+- Models that began at different weights are not averaged weight by weight. Those that begin alike: wsimil/training/soup.py.
 """
 
 from __future__ import annotations

@@ -262,8 +262,11 @@ def fit(
     device: str = "cpu",
     ranks: Ranks = ALONE,
     key: str = "",
+    epochs: int | None = None,
 ) -> Fitted:
     """Train in a run folder, going on from its `last.ckpt` if there is one of this key. Of several ranks the first writes there.
+
+    With `epochs` it stops after so many of those that the settings plan, with the learning rate as planned for all.
 
     Raises:
         UsageError: a `last.ckpt` that cannot be read.
@@ -292,19 +295,20 @@ def fit(
     )
     if device == "cpu":
         quicken_dropout(model)
+    epochs = epochs or config.epochs
     last = run / "last.ckpt"
     kept = read_checkpoint(last)["wsimil"] if last.exists() else {}
     resumed = kept.get("key") == key
     if resumed:
         before = Fitted(kept["best_state"], kept["best_epoch"], kept["history"])
-        if len(before.history) >= config.epochs or _has_patience_ended(before.history[-1]["epoch"], before.best_epoch, config):
+        if len(before.history) >= epochs or _has_patience_ended(before.history[-1]["epoch"], before.best_epoch, config):
             return before  # Lightning knows that only after another epoch, which could be a better one
         steps.set_epoch(len(before.history))  # Lightning draws the first step before it tells the loader which epoch it is
     elif loop.keep is not None:
         shutil.rmtree(loop.keep, ignore_errors=True)  # epochs of another training
     with _quiet_lightning():
         trainer = lightning.Trainer(
-            max_epochs=config.epochs,
+            max_epochs=epochs,
             accelerator=device.split(":")[0],
             devices=[int(device.split(":")[1])] if ":" in device else 1,
             default_root_dir=run,

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ from wsimil.training.items import LabelledSlides, TileStore, free_bytes
 from wsimil.training.loop import EPOCHS, Fitted, fit, resolve_precision
 from wsimil.training.model import MODEL_FORMAT, build_aggregator, differences, recipe
 from wsimil.training.ranks import ALONE, Ranks, devices_of, run_ranks
+from wsimil.training.soup import SOUP, Soup, candidate_settings, mixed
 from wsimil.training.stacked import Member, fit_stacked, unstackable
 
 __all__ = ["train"]
@@ -295,13 +297,34 @@ def _train_each(
                 yield _already(plan, done, cohort)
                 continue
             _begin(plan, settings)
-        config, slides = plan.config, _slides(plan, store)
+        soup = None
         with torch.random.fork_rng(devices=[]):
             model = _fresh_model(plan, store, ranks)
-            objective = build_objective(config, plan.task, plan.labels["train"])
-            sides = slides["train"], slides["val"]
-            fitted = fit(plan.folder, model, objective, *sides, config, device=device, ranks=ranks, key=plan.key)
-        yield _finish(plan, store, cohort, fitted, device) if ranks.rank == 0 else ""
+            if plan.config.soup:
+                soup = _soup(plan, model, store, device, ranks)
+                model.load_state_dict(soup.state)
+            fitted = _fit(plan, model, store, device, ranks)
+        yield _finish(plan, store, cohort, fitted, device, soup) if ranks.rank == 0 else ""
+
+
+def _fit(plan: _Plan, model: Standardized, store: TileStore, device: str, ranks: Ranks, *, epochs: int | None = None) -> Fitted:
+    objective = build_objective(plan.config, plan.task, plan.labels["train"])
+    slides = _slides(plan, store)
+    sides = slides["train"], slides["val"]
+    return fit(plan.folder, model, objective, *sides, plan.config, device=device, ranks=ranks, key=plan.key, epochs=epochs)
+
+
+def _soup(plan: _Plan, model: Standardized, store: TileStore, device: str, ranks: Ranks) -> Soup:
+    """Of short trainings that all begin as this model is, which stays as it is."""
+    candidates = []
+    for index in range(plan.config.soup):
+        config = candidate_settings(plan.config, plan.fold, index)
+        one = replace(plan, folder=plan.folder / SOUP / str(index), config=config)
+        one.folder.mkdir(parents=True, exist_ok=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            candidates.append(_fit(one, copy.deepcopy(model), store, device, ranks, epochs=plan.config.soup_epochs))
+    return mixed(candidates, plan.config.soup_kept)
 
 
 def _train_shared(plans: list[_Plan], bags: BagFolder, cohort: Cohort, settings: Settings, device: str) -> Iterator[str]:
@@ -321,7 +344,8 @@ def _begin(plan: _Plan, settings: Settings) -> None:
     key = plan.folder / "key.txt"
     if key.exists() and key.read_text() != plan.key:
         (plan.folder / "last.ckpt").unlink(missing_ok=True)  # of other settings or data
-        shutil.rmtree(plan.folder / EPOCHS, ignore_errors=True)
+        for folder in (EPOCHS, SOUP):
+            shutil.rmtree(plan.folder / folder, ignore_errors=True)
     plan.folder.mkdir(parents=True, exist_ok=True)
     for folder in (plan.folder, plan.folder / EPOCHS):
         sweep_temporary_files(folder)
@@ -358,7 +382,9 @@ def _fresh_model(plan: _Plan, store: TileStore, ranks: Ranks = ALONE) -> Standar
     return Standardized(inner, *(store.moments(plan.ids["train"]) if plan.config.standardize and not ranks.rank else (None, None)))
 
 
-def _finish(plan: _Plan, store: TileStore, cohort: Cohort, fitted: Fitted, device: str) -> str:
+def _finish(
+    plan: _Plan, store: TileStore, cohort: Cohort, fitted: Fitted, device: str, soup: Soup | None = None
+) -> str:
     """Calibrate the best weights on the validation slides and write the run; a line about it."""
     config, task, bags = plan.config, plan.task, store.bags
     model = Standardized(build_aggregator(_content(plan, bags), task))
@@ -397,13 +423,16 @@ def _finish(plan: _Plan, store: TileStore, cohort: Cohort, fitted: Fitted, devic
         "n_val": len(plan.ids["val"]),
         "precision": resolve_precision(config.precision, device),
         "stack": plan.stack,
+        "soup": None if soup is None else {"kept": soup.kept, "val_loss": soup.val_loss},
         "config": asdict(config),
         "versions": {name: version(name) for name in ("wsimil", "torch", "lightning")},
         "key": plan.key,
     }
     _publish_epochs(plan, content)
     write_json(plan.folder / "model.json", content)  # last: it says that all is there
-    return f"{plan.folder.name}: epoch {fitted.best_epoch} of {len(fitted.history)}, validation loss {val_loss:.3f}"
+    shutil.rmtree(plan.folder / SOUP, ignore_errors=True)
+    begun = f" (begun at the mean of {len(soup.kept)} of {config.soup} short trainings)" if soup else ""
+    return f"{plan.folder.name}: epoch {fitted.best_epoch} of {len(fitted.history)}, validation loss {val_loss:.3f}{begun}"
 
 
 def _learned_from(cohort: Cohort, fold: int) -> dict[str, str]:

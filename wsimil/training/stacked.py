@@ -66,6 +66,8 @@ def unstackable(config: TrainConfig, tasks: Sequence[Task]) -> str | None:
         return f"objective {config.objective} is not the slides' labels alone"
     if config.optimizer != "adamw" or config.objective_options or config.keep_epochs:
         return "optimizer, objective_options or keep_epochs are set"
+    if config.soup:
+        return "soup is set, whose short trainings are each by itself"
     if config.sampling != "shuffle":
         return f"sampling {config.sampling} orders the slides of each fold by itself"
     if any(task.compares_slides for task in tasks):
