@@ -1,6 +1,7 @@
 """A table as people keep it, read as text: nothing in it is guessed to be a number, and no row is lost in silence.
 
-- Separated by commas, semicolons or tabs, whichever the first line holds; with or without a byte-order mark.
+- Separated by commas, semicolons or tabs, whichever the first line holds most of outside of quotes, or as a line `sep=;` above it
+  says; with or without a byte-order mark.
 - Cells are stripped; empty rows and columns without a name, as spreadsheets leave them, are passed over.
 """
 
@@ -39,10 +40,12 @@ def read_cells(path: str | Path, error: type[UsageError]) -> Cells:
     try:
         with open(path, newline="", encoding="utf-8-sig") as handle:
             header = handle.readline()
-            separator = next((mark for mark in ",;\t" if mark in header), ",")
-            handle.seek(0)
+            stated = re.fullmatch(r"sep=([,;\t|])", header.strip("\r\n"), re.IGNORECASE)
+            bare = re.sub(r'"[^"]*"', "", header)
+            separator = stated[1] if stated else max(",;\t", key=bare.count)
+            above = 1 if stated else handle.seek(0)
             reader = csv.reader(handle, delimiter=separator, skipinitialspace=True)
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+            rows = [(above + reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except UnicodeDecodeError as cause:
         raise error(f"{path}: not UTF-8 text; save it as CSV (UTF-8), not as a spreadsheet file") from cause
     except (OSError, csv.Error) as cause:

@@ -45,13 +45,21 @@ PLAIN = [("a.svs", "P1", "x", "tumour"), ("b.svs", "P2", "y", "normal")]
         " slide , label,site ,patient\n a.svs,tumour ,x,P1\nb.svs,\u00a0normal,y, P2\n",
         ',slide,patient,site,label,,\n0,"a.svs",P1,x,"tumour",,\n1,b.svs,P2,y,normal,,\n,,,,,,\n\n',
         "label,age,slide,site,patient\ntumour,,a.svs,x,P1\nnormal,51,b.svs,y,P2\n",
+        "\ufeffsep=;\r\nslide;patient;site;label\r\na.svs;P1;x;tumour\r\nb.svs;P2;y;normal\r\n",
+        'slide;"age, years";patient;site;label\na.svs;51,5;P1;x;tumour\nb.svs;52;P2;y;normal\n',
+        "slide;age, years;patient;site;label\na.svs;51,5;P1;x;tumour\nb.svs;52;P2;y;normal\n",
     ],
-    ids=["plain", "bom", "semicolons", "tabs", "spaces", "spreadsheet", "order"],
+    ids=["plain", "bom", "semicolons", "tabs", "spaces", "spreadsheet", "order", "stated", "quoted comma", "bare comma"],
 )
 def test_tables_are_read_however_they_were_saved(table, content):
     labels = read_labels(table(content), CONFIG)
     assert list(labels.columns) == ["slide", "patient", "site", "label"]
     assert rows(labels) == PLAIN
+
+
+def test_lines_are_counted_from_the_top_of_the_file(table):
+    with pytest.raises(LabelsError, match="line 4: more cells than columns"):
+        read_labels(table("sep=;\nslide;label\na;x\nb;y;z\n"), CONFIG)
 
 
 def test_text_with_separators_and_line_breaks_is_one_cell(table):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsimil.aggregators.explain import gradient_contributions
+from wsimil.aggregators.packed import in_pieces
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 from wsimil.errors import ConfigError
 
@@ -44,7 +45,8 @@ class Reading(nn.Module):
             return values.unflatten(1, (self.heads, -1)).transpose(0, 1)  # (heads, rows, H / heads)
 
         query = self.query(queries)  # (Q, H)
-        q, k, v = by_head(self.query_inner(query)), by_head(self.key(keys)), by_head(self.value(keys))
+        q = by_head(self.query_inner(query))
+        k, v = map(by_head, in_pieces(lambda rows: (self.key(rows), self.value(rows)), keys))
         # written out: at scores of 1e9 the gradient of the fused attention is not a number any more
         scores = q @ k.mT * q.shape[2] ** -0.5  # (heads, Q, N)
         read = (scores.softmax(2) @ v).transpose(0, 1).flatten(1)  # (Q, H)
@@ -66,7 +68,7 @@ class Exchange(nn.Module):
 
     def forward(self, tiles: Tensor) -> Tensor:
         latents, _ = self.gather(self.latents, tiles)
-        return self.spread(tiles, latents)[0]  # (N, H)
+        return in_pieces(lambda rows: self.spread(rows, latents)[:1], tiles)[0]  # (N, H)
 
 
 class ILRA(Aggregator):
