@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from wsimil.objectives import AttentionEntropy, ClamInstances, MaskedHardInstanc
 from wsimil.objectives.attention_entropy import attention_entropy
 from wsimil.task import Task
 
+GOLDEN = Path(__file__).parents[1] / "aggregators" / "golden" / "aem.npz"
 BINARY = Task("binary", ("no", "yes"))
 SIZES = (1, 4, 20)
 
@@ -39,6 +42,16 @@ def test_uniform_attention_has_the_most_entropy_and_that_is_log_n():
     assert 0 < attention_entropy(scores, bags) < most
     assert attention_entropy(scores * 1e6, bags).item() == pytest.approx(0, abs=1e-6)
     assert attention_entropy(torch.where(scores > 0, 0.0, -1e9), bags).isfinite()  # tiles that ACMIL hides
+
+
+def test_the_entropy_is_the_authors():
+    golden = np.load(GOLDEN)
+    cases = {name.partition("/")[0] for name in golden}
+    assert len(cases) == 4
+    for case in cases:
+        attention = torch.as_tensor(golden[f"{case}/attention"])  # (K, N)
+        found = attention_entropy(attention.T, batch_of(attention.shape[1]).bags)
+        assert -found.item() == pytest.approx(float(golden[f"{case}/div_loss"]), rel=1e-12, abs=1e-15)
 
 
 def test_columns_count_alike_and_so_do_bags():
