@@ -121,11 +121,11 @@ def test_epochs_are_all_kept_when_the_run_is_killed_while_they_are_moved(toy, tm
             moved.append(source)
         replace(source, target)
 
-    monkeypatch.setattr("wsimil.training.run.os.replace", killed)
+    monkeypatch.setattr("wsimil.training.record.os.replace", killed)
     monkeypatch.setattr("wsimil.training.loop._LastCheckpoint", partial(_LastCheckpoint, every_seconds=0.0))
     with pytest.raises(KeyboardInterrupt):
         train(toy, toy / "labels.csv", tmp_path, settings=settings, quiet=True)
-    monkeypatch.setattr("wsimil.training.run.os.replace", replace)
+    monkeypatch.setattr("wsimil.training.record.os.replace", replace)
     train(toy, toy / "labels.csv", tmp_path, settings=settings, quiet=True)
     for epoch in ("000", "001", "002"):
         load_model(tmp_path / "epochs" / epoch / "fold0-seed0")

@@ -137,7 +137,7 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(toy, tmp_path, monke
     trained(toy, tmp_path / "calm", **plain)
     run = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("wsimil.training.run._finish", interrupt)
+        patch.setattr("wsimil.training.run.finish", interrupt)
         trained(toy, run, lr=0.5, **plain)
     left = contents(run)
     assert "fold0-seed0/last.ckpt" in left and "fold0-seed0/epochs/2.safetensors" in left
@@ -160,7 +160,7 @@ def interrupt(*_, **__) -> None:
 @pytest.mark.parametrize(("stack", "name"), [("off", "fold0-seed0/last.ckpt"), ("on", "stack.ckpt")])
 def test_a_damaged_checkpoint_is_named_and_may_be_deleted(toy, tmp_path, monkeypatch, stack, name, kept):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("wsimil.training.run._finish", interrupt)
+        patch.setattr("wsimil.training.run.finish", interrupt)
         trained(toy, tmp_path, stack=stack)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:kept])
     with pytest.raises(UsageError, match=f"{name}: damaged .* delete it"):
