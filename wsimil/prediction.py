@@ -127,9 +127,10 @@ def predict(
         say(f"{n_left} of {len(tested)} {config.bag}s were predicted before by the same models; left as they are")
     if len(tested) < len(groups):
         say(f"{len(groups) - len(tested)} {config.bag}s are in no test fold of this model, so they are not predicted")
-    for name, reason in bag_folder.damaged.items():
+    tested_too = {name: reason for name, reason in bag_folder.damaged.items() if any(run.models_for(name).values())}
+    for name, reason in tested_too.items():
         say(f"{_in_utf8(name)}: failed: {_failed(reason)['reason']}")
-    absent = {name: row.reason for name, row in statuses.items() if row.status == "failed"} | bag_folder.damaged
+    absent = {name: row.reason for name, row in statuses.items() if row.status == "failed"} | tested_too
     for name in absent.keys() - bag_folder.headers.keys():
         row = run.describe([name], statuses) | _failed(absent[name])
         rows += [row | _side_of(fold) for fold in run.models_for(name) or [""]]

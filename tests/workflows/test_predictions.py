@@ -389,6 +389,9 @@ def test_a_damaged_bag_of_a_test_slide_is_a_row_of_its_fold(cohort, tmp_path):
     assert rows.loc[name, known].tolist() == before.loc[name, known].tolist()
     assert rows.loc[name, "status"] == "failed" and f"{name}.h5" in rows.loc[name, "reason"]
     assert (rows.drop(index=name)["status"] == "done").all() and len(rows) == len(before)
+    learned_from = next(path for path in (tmp_path / "features_toy").glob("*.h5") if path.stem not in before.index)
+    learned_from.write_bytes(b"nothing")  # it would not have been predicted
+    assert len(predict(tmp_path, cohort / "run", tmp_path / "out", quiet=True)) == len(before)
     for path in (tmp_path / "features_toy").glob("*.h5"):
         path.write_bytes(b"nothing")
     with pytest.raises(BagFormatError, match=r"\.h5: "):
