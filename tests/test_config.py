@@ -237,6 +237,8 @@ def values_of(section: type) -> st.SearchStrategy:
             choices[name] = st.sampled_from(typing.get_args(kind))
         elif name == "min_lr":  # no more than lr
             choices[name] = st.floats(0, 0.001)
+        elif name in ("soup_kept", "soup_epochs"):  # no more than soup, and than epochs
+            choices[name] = st.integers(1, 60)
         elif name == "overlap_px":
             choices[name] = st.integers(0, 63)
         elif name == "positive":
