@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy_bags import write_cohort
 
-from wsimil.bags.bag import Geometry, read_bag, write_bag
+from wsimil.bags.bag import Bag, Geometry, read_bag, write_bag
 from wsimil.bags.dataset import BagFolder
 from wsimil.batch import pack
 from wsimil.training.items import LabelledSlides, Steps, TileStore
@@ -120,6 +120,23 @@ def test_moments_weigh_slides_alike(toy, monkeypatch, block, memory_bytes):
         mean, deviation = slides.store.moments(names)
         np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(deviation, spread, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(np.float16, 1.0), (np.float32, 1e20)])
+def test_moments_keep_their_digits_far_from_zero(tmp_path, dtype, scale):
+    rng, values = np.random.default_rng(0), {}
+    for name, n_tiles in {"a": 3000, "b": 1500}.items():
+        far = np.array([0, 1000, -30_000]) + [1, 2, 40] * rng.standard_normal((n_tiles, 3))
+        far[0] = [60_000, -60_000, 60_000]  # and the first tile unlike all others
+        values[name] = (scale * far).astype(dtype)
+        bag = Bag(values[name], np.zeros((n_tiles, 2), int), np.ones(n_tiles, bool), attributes={"slide_id": name, "encoder": "e"})
+        write_bag(tmp_path / f"features_e/{name}.h5", bag, Geometry(224, 224.0, 0, 20_000, 20_000, 0.5, 0.5, name))
+    mean, deviation = slides_of(tmp_path).store.moments(["a", "b"])
+    exact = [value.astype(np.float64) for value in values.values()]
+    expected = np.mean([value.mean(0) for value in exact], 0)
+    spread = np.sqrt(np.mean([np.mean((value - expected) ** 2, 0) for value in exact], 0))
+    np.testing.assert_allclose(mean, expected, rtol=1e-6)
+    np.testing.assert_allclose(deviation, spread, rtol=1e-5)
 
 
 def test_a_feature_that_never_varies_becomes_zero(tmp_path):

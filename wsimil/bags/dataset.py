@@ -168,9 +168,12 @@ class BagFolder:
         Raises:
             UsageError: the filter asks for a score that the bag lacks.
         """
+        return self._kept_of(slide_id, self._cache.get(slide_id))
+
+    def _kept_of(self, slide_id: str, bag: Bag | None) -> np.ndarray:
         if slide_id not in self._kept:
-            header, cached = self.headers[slide_id], self._cache.get(slide_id)
-            valid, qc = (cached.valid, cached.qc) if cached else header.scores()
+            header = self.headers[slide_id]
+            valid, qc = (bag.valid, bag.qc) if bag else header.scores()
             self._kept[slide_id] = kept_tiles(valid, qc, self.filter, bag=header.path.name)
         return self._kept[slide_id]
 
@@ -213,7 +216,7 @@ class BagFolder:
         header, bag = self.headers[slide_id], self._cache.get(slide_id)
         if bag is None and rows is None and (slide_id not in self._checked or self._fits(header)):
             bag = self.read(slide_id)
-        keep = self.kept(slide_id)
+        keep = self._kept_of(slide_id, bag)
         picked = np.flatnonzero(keep)
         if rows is not None:
             picked = picked[rows]
@@ -228,7 +231,7 @@ class BagFolder:
             _check_finite(stored, picked, header.path)
             if rows is None:
                 self._checked.add(slide_id)
-        features = _as_tensor(stored, half=half, shared=bag is not None and picked is None)
+        features = _as_tensor(stored, half=half, shared=picked is None and bag is not None and self._cache.get(slide_id) is bag)
         mpp, tile_level0_px = header.attributes.get("mpp"), header.attributes.get("tile_level0_px")
         coords_um = tile_um = None
         placed = header.attributes.get("coords_unit", "px") in ("px", "um")  # places on a grid, or none at all, say nothing
@@ -295,6 +298,5 @@ def _check_same_encoder(headers: list[BagHeader]) -> None:
         scales = [float(item.attributes.get("effective_mpp", 0)) for item in (first, header)]
         if all(scales) and abs(scales[0] / scales[1] - 1) > 0.02:
             raise EncoderMismatchError(
-                f"{first.slide_id} is seen at {scales[0]:.3g} µm/px, {header.slide_id} at {scales[1]:.3g}; "
-                "extract all at one --mpp"
+                f"{first.slide_id} is seen at {scales[0]:.3g} µm/px, {header.slide_id} at {scales[1]:.3g}; extract all at one --mpp"
             )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +21,12 @@ from wsimil.bags.dataset import BagFolder
 from wsimil.batch import BagBatch, LabelledBags, pack
 from wsimil.training.memory import ReusedMemory
 from wsimil.training.ranks import ALONE, Ranks
+from wsimil.training.read_ahead import read_ahead
 
 __all__ = ["LabelledSlides", "Steps", "TileStore", "free_bytes", "piece_tiles"]
 
-_BLOCK = 4096
+_BLOCK = 1024
+"""Rows that are looked at together, in the processor's cache."""
 
 
 def free_bytes(device: str = "cpu") -> int:
@@ -93,24 +94,33 @@ class TileStore:
 
     def moments(self, slide_ids: Iterable[str]) -> tuple[Tensor, Tensor]:
         """Mean and deviation (D,) of the features over all tiles of these slides, each slide weighing the same."""
-        sums = [self._sums.setdefault(slide_id, self._mean_and_square(slide_id)) for slide_id in slide_ids]
+        slide_ids = list(slide_ids)
+        new = [slide_id for slide_id in dict.fromkeys(slide_ids) if slide_id not in self._sums]
+        for slide_id, bag in zip(new, read_ahead(self.bag, new), strict=True):
+            self._sums[slide_id] = _mean_and_square(bag.features)
+        sums = [self._sums[slide_id] for slide_id in slide_ids]
         mean = torch.stack([mean for mean, _ in sums]).mean(0)
         square = torch.stack([square for _, square in sums]).mean(0)
         deviation = (square - mean.square()).clamp(min=0).sqrt()
-        # a feature that never varies carries nothing: leave it at zero instead of blowing up its noise
+        # a feature that never varied carries nothing: leave it at zero instead of blowing up its noise
         deviation[deviation < 1e-6 * (1 + mean.abs())] = torch.inf
         return mean.float(), deviation.float()
 
-    def _mean_and_square(self, slide_id: str) -> tuple[Tensor, Tensor]:
-        if slide_id in self._sums:
-            return self._sums[slide_id]
-        features = self.bag(slide_id).features
-        total = torch.zeros(2, features.shape[1], dtype=torch.float64)
-        for block in features.split(_BLOCK):  # a slide in float64 would be four times its file
-            wide = block.to("cpu", torch.float64)
-            total += torch.stack([wide.sum(0), wide.square_().sum(0)])
-        mean, square = total / len(features)
-        return mean, square
+
+def _mean_and_square(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each column of (N, D), in float64."""
+    half = features.dtype in (torch.float16, torch.bfloat16)
+    # float32 holds what lies near the mean of numbers in half precision; wider ones may go beyond it
+    kind = torch.float32 if half else torch.float64
+    near = features[:_BLOCK].to("cpu", kind).mean(0)
+    total = torch.zeros(2, features.shape[1], dtype=torch.float64)
+    for block in features.split(_BLOCK):  # a slide that is widened whole would be four times its file
+        wide = block.to("cpu", kind)
+        wide = wide.sub_(near) if wide is not block else wide - near
+        total += torch.stack([wide.sum(0), wide.square_().sum(0)])
+    off, square = total / len(features)
+    mean = near + off
+    return mean, square - off.square() + mean.square()
 
 
 class LabelledSlides:
@@ -178,7 +188,7 @@ class LabelledSlides:
 
 
 class Steps:
-    """The steps of an epoch, each a tuple of pieces; where files must be read, a thread prepares the next step meanwhile.
+    """The steps of an epoch, each a tuple of pieces; where reading files takes time, a thread prepares the next step meanwhile.
 
     It has no length: with `tiles_per_step` epochs differ in the number of steps.
 
@@ -190,6 +200,7 @@ class Steps:
         shuffle_seed: another order every epoch, from this seed; None: always the order given.
         order: an objective's wish for an epoch's order, if it has one.
         ranks: who share the steps; only this one's bags come, of some steps perhaps none.
+        on_gpu: the work is done there, so processors have time to read ahead.
     """
 
     def __init__(
@@ -202,9 +213,11 @@ class Steps:
         shuffle_seed: int | None = None,
         order: Callable[[int], Iterable[int] | None] = lambda epoch: None,
         ranks: Ranks = ALONE,
+        on_gpu: bool = False,
     ) -> None:
         self.slides, self.bags_per_step, self.tiles_per_step, self.limit = slides, bags_per_step, tiles_per_step, limit
         self.shuffle_seed, self.order, self.ranks, self.epoch = shuffle_seed, order, ranks, 0
+        self.on_gpu = on_gpu
         self.sampler, self.batch_sampler = self, None  # Lightning tells the epoch to a loader's sampler
 
     def set_epoch(self, epoch: int) -> None:
@@ -245,12 +258,5 @@ class Steps:
             mine = self.ranks.share([self.slides.n_tiles(index) for index in step])
             return self.slides.pieces([step[place] for place in mine], epoch, limit=self.limit)
 
-        if self.slides.store.keeps(self.slides.slide_ids):
-            yield from map(prepare, plan)
-            return
-        with ThreadPoolExecutor(1, "wsimil-steps") as thread:
-            waiting = thread.submit(prepare, plan[0])
-            for step in plan[1:]:
-                ready, waiting = waiting.result(), thread.submit(prepare, step)
-                yield ready
-            yield waiting.result()
+        files = not self.slides.store.keeps(self.slides.slide_ids)
+        yield from read_ahead(prepare, plan, always=files and self.on_gpu)

@@ -280,6 +280,7 @@ def fit(
         shuffle_seed=config.seed,
         order=objective.sampler,
         ranks=ranks,
+        on_gpu=device != "cpu",
     )
     # an objective that is a mean over something else than bags (events) is added up bag by bag
     val_bags = config.bags_per_step if objective.per_bag else 1
@@ -322,7 +323,7 @@ def fit(
         trainer.fit(
             loop,
             steps,
-            Steps(val, bags_per_step=val_bags, limit=limit, ranks=ranks),
+            Steps(val, bags_per_step=val_bags, limit=limit, ranks=ranks, on_gpu=device != "cpu"),
             ckpt_path=str(last) if resumed else None,
             weights_only=True,
         )

@@ -110,12 +110,14 @@ def fit_stacked(
     # of the slides of a step, a model counts on average as many as it would have alone
     wider = len(ids["train"]) * len(members) / sum(len(member.ids["train"]) for member in members)
     limit = max(1, piece_tiles(device) // len(members))
+    on_gpu = device != "cpu"
     steps = Steps(
         slides["train"],
         bags_per_step=max(1, round(config.bags_per_step * wider)),
         tiles_per_step=round(config.tiles_per_step * wider),
         limit=limit,
         shuffle_seed=config.seed,
+        on_gpu=on_gpu,
     )
     stack = _Stack(members, ids, config, device)
     total_steps, step = sum(len(steps.plan(epoch)) for epoch in range(config.epochs)), 0
@@ -128,7 +130,7 @@ def fit_stacked(
             pieces = [(piece.bags.to(device), piece.targets.to(device)) for piece in pieces]
             stack.step(pieces, learning_rate(config, step, total_steps))
             step += 1
-        stack.validate(Steps(slides["val"], bags_per_step=config.bags_per_step, limit=limit), epoch)
+        stack.validate(Steps(slides["val"], bags_per_step=config.bags_per_step, limit=limit, on_gpu=on_gpu), epoch)
         done = epoch + 1 == config.epochs or not stack.running.any()
         if checkpoint is not None and (done or time.monotonic() - saved > 5):
             stack.save(checkpoint, key, config.epochs if done else epoch + 1, step)
@@ -218,7 +220,7 @@ class _Stack:
         fast, slow = self.config.betas
         for name, gradient in gradients.items():
             value, (first, second) = self.params[name], self.moments[name]
-            moves, one, two = (_like(part, value) for part in (active, 1 - fast ** taken, 1 - slow ** taken))
+            moves, one, two = (_like(part, value) for part in (active, 1 - fast**taken, 1 - slow**taken))
             first.copy_(torch.where(moves, first.lerp(gradient, 1 - fast), first))
             second.copy_(torch.where(moves, second * slow + (1 - slow) * gradient.square(), second))
             length = (second / two.to(second.dtype)).sqrt_().add_(_EPS)
