@@ -110,6 +110,15 @@ def test_a_damaged_bag_is_named(folder):
         BagFolder(folder)
 
 
+def test_all_damaged_bags_are_named_at_once(folder):
+    for name in "abd":
+        (folder / f"{name}.h5").write_bytes(b"no bag")
+    with pytest.raises(BagFormatError, match=r"a\.h5: not a whole.*2 more bags cannot be read: b, d; `wsimil validate`"):
+        BagFolder(folder)
+    bags = BagFolder(folder, leave_damaged=True)
+    assert bags.slide_ids == ["c"] and list(bags.damaged) == ["a", "b", "d"]
+
+
 def test_a_bag_damaged_after_opening_is_named(folder):
     bags = BagFolder(folder)
     (folder / "b.h5").write_bytes(b"")

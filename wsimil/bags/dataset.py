@@ -23,7 +23,7 @@ from wsimil.bags.filter import NO_FILTER, kept_tiles
 from wsimil.bags.interop import Known, find_foreign
 from wsimil.batch import BagBatch
 from wsimil.config import FilterConfig
-from wsimil.errors import BagFormatError, EncoderMismatchError, UsageError
+from wsimil.errors import BagFormatError, EncoderMismatchError, UsageError, some_of
 from wsimil.files import fingerprint
 from wsimil.hdf5 import Allocate
 
@@ -113,16 +113,16 @@ class BagFolder:
         self._cache_bytes = self._cache_left = cache_bytes
 
     def _read_headers(self, names: Iterable[str], read: Callable[[str], BagHeader], leave_damaged: bool) -> list[BagHeader]:
-        headers, first = [], None
+        headers = []
         for name in names:
             try:
                 headers.append(read(name))
             except BagFormatError as error:
-                if not leave_damaged:
-                    raise
-                self.damaged[name], first = str(error), first or error
-        if first and not headers:
-            raise first
+                self.damaged[name] = str(error)
+        if self.damaged and not (leave_damaged and headers):
+            first, *others = self.damaged
+            more = f" ({len(others)} more bags cannot be read: {some_of(others)}; `wsimil validate` says why)" if others else ""
+            raise BagFormatError(self.damaged[first] + more)
         return headers
 
     def __getstate__(self) -> dict[str, Any]:
