@@ -27,7 +27,8 @@ from sklearn.preprocessing import StandardScaler
 from wsimil.bags.splits import read_splits
 from wsimil.config import LabelsConfig, Settings, SplitConfig, TrainConfig
 from wsimil.evaluation.intervals import cluster_bootstrap, percentile_interval
-from wsimil.evaluation.metrics import auroc, harrell_c
+from wsimil.evaluation.metrics import auroc
+from wsimil.evaluation.survival import harrell_c
 from wsimil.losses import cox_loss
 
 COHORTS = {"NSCLC": ("tcga_lung", ("LUAD", "LUSC")), "BRCA": ("tcga_brca", ("IDC", "ILC"))}

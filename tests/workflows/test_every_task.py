@@ -15,7 +15,8 @@ from wsimil.bags.bag import Bag, Geometry, write_bag
 from wsimil.cli import main
 from wsimil.config import LabelsConfig, Settings, SplitConfig, TrainConfig
 from wsimil.evaluation import evaluate_predictions
-from wsimil.evaluation.metrics import harrell_c, spearman
+from wsimil.evaluation.metrics import spearman
+from wsimil.evaluation.survival import harrell_c
 from wsimil.evaluation.table import check_predictions, read_predictions
 from wsimil.hdf5 import open_hdf5, read_attributes
 from wsimil.heatmaps import read_tile_map

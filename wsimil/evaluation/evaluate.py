@@ -30,6 +30,7 @@ from wsimil.evaluation.intervals import (
     mcnemar_exact,
     percentile_interval,
 )
+from wsimil.evaluation.survival import survival_metrics
 from wsimil.evaluation.table import ENSEMBLE, Predictions, check_predictions
 from wsimil.files import make_output_folder, write_json
 
@@ -303,7 +304,7 @@ def _measure(rows: Predictions, weights: np.ndarray | None = None) -> dict[str, 
         return metrics.regression_metrics(rows.label, rows.score, weights)
     if rows.kind == "survival":
         chances = rows.survival if rows.survival.shape[1] else None
-        return metrics.survival_metrics(rows.label, rows.event, rows.score, weights, survival=chances, horizons=rows.horizons)
+        return survival_metrics(rows.label, rows.event, rows.score, weights, survival=chances, horizons=rows.horizons)
     ordered = rows.kind == "ordinal" or all(name.isdigit() for name in rows.classes)  # grades, as 0-5
     return metrics.multiclass_metrics(rows.label, rows.score, rows.predicted, weights, classes=rows.classes, ordered=ordered)
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from wsimil.evaluation.calibration import reliability_curve
 from wsimil.evaluation.intervals import cluster_bootstrap, percentile_interval
-from wsimil.evaluation.metrics import auroc, average_precision, confusion_matrix, kaplan_meier, roc_points
+from wsimil.evaluation.metrics import auroc, average_precision, confusion_matrix, roc_points
+from wsimil.evaluation.survival import kaplan_meier
 from wsimil.evaluation.table import Predictions
 from wsimil.files import atomic_path
 
