@@ -71,8 +71,9 @@ class BagBatch:
                 raise AggregatorInputError(f"{name} has shape {tuple(part.shape)}; expected {expected}")
         if self.slide_ids and len(self.slide_ids) != len(self):
             raise AggregatorInputError(f"{len(self.slide_ids)} slide_ids for {len(self)} bags")
-        smallest = self.sizes.min() if len(self) else torch.tensor(1)
-        if int(smallest) < 1:
+        if not len(self):
+            raise AggregatorInputError("a batch of no bags; leave it out")
+        if int(self.sizes.min()) < 1:
             bag = int(self.sizes.argmin())
             name = self.slide_ids[bag] if self.slide_ids else f"bag {bag}"
             raise AggregatorInputError(f"{name}: the bag is empty; leave slides without tiles out of the batch")
@@ -153,6 +154,7 @@ class Aggregator(nn.Module):
         contribution_kind: how `contributions` come about: "exact", "leave-one-out" or "gradient"; None where there are none.
         first_layer: name of the one `FirstLayer` that reads the features, if there is one: a shift and scale of the features can
             then be folded into it.
+        attends_per_output: whether column c of `attention_logits` is the attention of output c.
     """
 
     dim: int
@@ -160,6 +162,7 @@ class Aggregator(nn.Module):
     needs_coords: bool = False
     contribution_kind: str | None = None
     first_layer: str | None = None
+    attends_per_output: bool = False
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         raise NotImplementedError  # abstract: every aggregator states its own forward

@@ -355,6 +355,10 @@ def _evaluate(arguments: argparse.Namespace, settings: Settings, say: Callable[[
     path = Path(arguments.predictions)
     predictions = read_predictions(path / "predictions.csv" if path.is_dir() else path)
     labels = None
+    if settings.split.group != "patient" and not arguments.labels and "group" not in predictions:
+        raise UsageError(
+            f"--group {settings.split.group}: predictions have no such column; pass the table that has it with --labels"
+        )
     if arguments.labels:
         names = labels_of_predictions(predictions)  # none where they are not of several labels
         config = settings.labels
@@ -448,9 +452,7 @@ def _slides_ending(rows: list, arguments: argparse.Namespace, where: str = "", *
     else:
         print(f"{len(rows)} slides: {', '.join(f'{count} {status}' for status, count in counts.items() if count)}")
         print(where or f"tiles: {arguments.out}")
-    return _ending(
-        [f"{row.slide_id}: {row.reason}" for row in rows if row.status == "failed"], status=Path(arguments.out) / book
-    )
+    return _ending([f"{row.slide_id}: {row.reason}" for row in rows if row.status == "failed"], status=Path(arguments.out) / book)
 
 
 def _ending(failed: list[str], *, status: Path | None = None) -> int:

@@ -232,9 +232,7 @@ class SplitConfig:
     seed: int = option(0, "seed of the split")
     group: str = option("patient", "column whose values never stand on two sides, as patients never do; for example the hospital")
     site: str | None = option(None, "column to balance over folds as well as the label")
-    test: str | None = option(
-        None, "column with an official split, `train` or `test`: one fold then, with that test set"
-    )
+    test: str | None = option(None, "column with an official split, `train` or `test`: one fold then, with that test set")
     val_fraction: float = option(0.2, "share of the training patients held out to choose epoch and threshold")
 
     def __post_init__(self) -> None:
@@ -264,7 +262,7 @@ class TrainConfig:
     betas: tuple[float, ...] = option((0.9, 0.999), "memory of the optimiser's two averages")
     weight_decay: float = option(1e-4, "weight decay")
     epochs: int = option(60, "most passes over the training slides")
-    patience: int = option(15, "stop after so many epochs without a better validation loss")
+    patience: int = option(15, "stop after so many epochs without a better validation loss; with --select last all epochs are run")
     select: Literal["val_loss", "last"] = option("val_loss", "weights to keep: those of the least validation loss, or the last")
     keep_epochs: bool = option(False, "keep the weights of every epoch, too: epochs/<epoch>/ is a run that `predict` takes")
     soup: int = option(

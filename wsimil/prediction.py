@@ -27,7 +27,7 @@ import torch
 
 from wsimil.aggregators.packed import segment_softmax
 from wsimil.bags.bag import BagHeader, describe_encoder
-from wsimil.bags.dataset import BagFolder
+from wsimil.bags.dataset import BagFolder, are_other_slides
 from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import COLUMNS, read_splits, splits_hash
 from wsimil.batch import BagBatch, BagOutput, pack
@@ -89,7 +89,7 @@ def predict(
         trained.model.to(device)
     statuses = slides_of_job(bag_folder)
     rows: list[dict] = []
-    groups = _groups(bag_folder, run, config)
+    groups = _groups(bag_folder, run, config, say)
     chosen = {name: run.models_for(slide_ids[0]) for name, slide_ids in groups.items()}
     tested = [name for name in groups if any(chosen[name].values())]
     described = {name: run.describe(groups[name], statuses) for name in tested}  # what is wrong there is said before the work
@@ -265,9 +265,10 @@ def _read_run(folder: Path, say: Callable[[str], None]) -> _Run:
     root = _run_of(folder) if alone else folder
     _check_one_recipe(root, models)
     for model in models:
-        if model.task.kind != models[0].task.kind or model.task.classes != models[0].task.classes:
+        if _meaning(model.task) != _meaning(models[0].task):
             raise UsageError(
-                f"{model.folder.name} solves another task than {models[0].folder.name}; keep runs in folders of their own"
+                f"{model.folder.name} solves another task than {models[0].folder.name}, or in other units or at other times; keep "
+                "runs in folders of their own, and train again what learned from labels of before"
             )
         if model.filter != models[0].filter:
             raise UsageError(
@@ -297,6 +298,11 @@ def _read_run(folder: Path, say: Callable[[str], None]) -> _Run:
                 f"{model.folder} if its fold or seed is no longer wanted"
             )
     return _Run(models, splits, labels.set_index("slide_id"))
+
+
+def _meaning(task: Task) -> tuple:
+    """What the columns of a prediction are of; what is fitted to a fold's labels is no part of it."""
+    return task.kind, task.classes, task.horizons, task.scale if task.kind == "proportion" else None
 
 
 def _run_of(fold: Path) -> Path:
@@ -349,9 +355,18 @@ def _with_twins(run: _Run, bags: BagFolder, say: Callable[[str], None]) -> _Run:
     """The run with the sides and labels of its own slides under the ids that they have here."""
     if "slide_fingerprint" not in run.labels:  # of an older run
         return run
-    own = {content: slide_id for slide_id, content in run.labels["slide_fingerprint"].items() if content}
-    stated = {name: header.attributes.get("slide_fingerprint") for name, header in bags.headers.items()}
-    twins = {name: own[content] for name, content in stated.items() if content in own and name not in run.labels.index}
+    dealt = run.labels[run.labels.index.isin(run.splits["slide_id"])]
+    contents: dict[str, str] = dealt["slide_fingerprint"].to_dict()
+    own = {content: slide_id for slide_id, content in contents.items() if content}
+    stated = {name: bags.content(name) for name in bags.headers}
+    others = [name for name, content in stated.items() if are_other_slides(content, contents.get(name, ""))]
+    if others:
+        raise UsageError(
+            f"{len(others)} slides of {bags.folder} have the ids of slides that the model was trained or tested on, but are other "
+            f"files (slide_fingerprint): {some_of(others)}; labels and folds would be those of other slides: rename them, or train "
+            "again if these are the same slides, scanned or written anew"
+        )
+    twins = {name: own[content] for name, content in stated.items() if content in own and name not in contents}
     if not twins:
         return run
     named = some_of([f"{name} is {twin}" for name, twin in sorted(twins.items())])
@@ -359,7 +374,8 @@ def _with_twins(run: _Run, bags: BagFolder, say: Callable[[str], None]) -> _Run:
     labels = run.labels.loc[list(twins.values())].set_axis(pd.Index(twins, name="slide_id")).assign(slide="")
     sides = run.splits.merge(pd.DataFrame({"slide_id": list(twins.values()), "here": list(twins)}), on="slide_id")
     sides = sides.assign(slide_id=sides["here"])[list(run.splits)]
-    return replace(run, labels=pd.concat([run.labels, labels]), splits=pd.concat([run.splits, sides]), twins=twins)
+    known = run.labels.drop(index=list(twins), errors="ignore")  # labelled under both names, and in the folds under one
+    return replace(run, labels=pd.concat([known, labels]), splits=pd.concat([run.splits, sides]), twins=twins)
 
 
 def _check_out(out: Path) -> None:
@@ -371,7 +387,7 @@ def _check_out(out: Path) -> None:
         )
 
 
-def _groups(bags: BagFolder, run: _Run, config: PredictConfig) -> dict[str, list[str]]:
+def _groups(bags: BagFolder, run: _Run, config: PredictConfig, say: Callable[[str], None]) -> dict[str, list[str]]:
     if config.bag == "slide":
         return {slide_id: [slide_id] for slide_id in bags.slide_ids}
     groups: dict[str, list[str]] = defaultdict(list)
@@ -379,6 +395,8 @@ def _groups(bags: BagFolder, run: _Run, config: PredictConfig) -> dict[str, list
     for slide_id in known:
         groups[str(run.labels.loc[slide_id, "patient"])].append(slide_id)
     new = {slide_id: [slide_id] for slide_id in bags.slide_ids if slide_id not in run.labels.index}
+    if new:
+        say(f"{len(new)} slides are not in the model's labels, so whose they are is not known: each is a bag of its own")
     if both := sorted(new.keys() & groups.keys()):
         raise UsageError(
             f"{both[0]} is a new slide and a patient of the model's ({some_of(groups[both[0]])}); with --bag patient both would be "
@@ -491,7 +509,7 @@ def _tile_scores(outputs: list[BagOutput], models: list[TrainedModel], batch: Ba
             else:
                 parts["tile_prob"].append(task.map_columns(task.output_probabilities(logits)))
         if output.contributions is not None:
-            unit = model.task.scale if task.kind == "regression" else 1.0  # folds have scales of their own
+            unit = model.task.scale if task.kind in ("regression", "survival") else 1.0  # folds have scales of their own
             parts["contributions"].append(unit * task.map_columns(output.contributions.float().cpu().numpy()))
     return {name: np.mean(values, axis=0).astype(np.float32) for name, values in parts.items()}
 

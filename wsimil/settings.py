@@ -144,7 +144,7 @@ def _coerce(kind: Any, value: Any, key: str) -> Any:
         return _coerce(next(part for part in arguments if part is not type(None)), value, key)
     if origin is tuple:
         if isinstance(value, Mapping) and key.endswith("_options"):  # `aggregator_options: {k: 8}`
-            value = [f"{name}={inner}" for name, inner in value.items()]
+            value = [f"{name}={'null' if inner is None else inner}" for name, inner in value.items()]
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list | tuple):
             raise ConfigError(f"{key} is {value!r}; expected a list")

@@ -197,6 +197,27 @@ def test_contributions_come_only_when_asked_and_change_nothing_else(name):
 
 
 @every_aggregator
+def test_gradients_of_bags_one_after_the_other_add_up_to_those_of_the_batch(name):
+    model, batch = make(name), make_batch(*SIZES)
+
+    def of_bag(bag: BagBatch) -> Tensor:
+        output = model(bag)
+        return output.logits.square().sum()
+
+    parameters = dict(model.named_parameters())
+    sums = {key: torch.zeros_like(value) for key, value in parameters.items()}
+    for index in range(len(SIZES)):
+        found = torch.autograd.grad(of_bag(batch.bag(index)), list(parameters.values()), allow_unused=True)
+        for key, gradient in zip(parameters, found, strict=True):
+            sums[key] += 0 if gradient is None else gradient
+        of_bag(batch.bag(index)).backward()  # as training does: into one .grad
+    for key, value in parameters.items():
+        torch.testing.assert_close(torch.zeros_like(value) if value.grad is None else value.grad, sums[key], rtol=1e-9, atol=1e-12)
+    held = [value.grad.data_ptr() for value in parameters.values() if value.grad is not None]
+    assert len(set(held)) == len(held)  # clipping would scale what two share twice
+
+
+@every_aggregator
 def test_exact_contributions_add_up_to_the_logits(name):
     model, batch = make(name), make_batch(*SIZES)
     assert model.contribution_kind in (None, "exact", "leave-one-out", "gradient")

@@ -31,7 +31,7 @@ def pairs_by_hand(bags: BagBatch) -> set[tuple[int, int]]:
     assert bags.coords_um is not None and bags.tile_um is not None
     side = bags.tile_um[bags.bag_index]
     apart = (bags.coords_um.unsqueeze(1) - bags.coords_um.unsqueeze(0)).abs().amax(2) / side
-    near = (apart < 1.5) & (bags.bag_index.unsqueeze(1) == bags.bag_index) & ~torch.eye(len(side), dtype=torch.bool)
+    near = (apart < 1.13) & (bags.bag_index.unsqueeze(1) == bags.bag_index) & ~torch.eye(len(side), dtype=torch.bool)
     return set(map(tuple, near.nonzero().tolist()))
 
 
@@ -67,6 +67,17 @@ def test_neighbours_on_a_rounded_grid_are_those_of_the_exact_one():
     assert exact.coords_um is not None
     shifted = replace(exact, coords_um=(exact.coords_um / 0.2527).round() * 0.2527 + 7_654.3)
     assert pairs(shifted) == pairs(exact)
+
+
+@pytest.mark.parametrize(("overlap", "within"), [(0.0, 8), (0.25, 8), (0.5, 24), (0.75, 80)])
+def test_rounding_does_not_decide_which_overlapping_tiles_touch(overlap, within):
+    for n in (12, 30):
+        for mpp, shift_px in ((0.499, 0), (0.2325, 7_655), (0.5, 12_001)):
+            bag = grid(n, n, step_um=224 * (1 - overlap) * mpp, tile_um=224 * mpp)
+            assert bag.coords_um is not None and bag.tile_um is not None
+            stored = replace(bag, coords_um=(bag.coords_um + shift_px * mpp).float(), tile_um=bag.tile_um.float())
+            degrees = torch.bincount(neighbours(stored)[0]).reshape(n, n)
+            assert degrees[4:-4, 4:-4].unique().tolist() == [within]
 
 
 def test_neighbours_of_a_large_slide_are_found_in_little_memory():

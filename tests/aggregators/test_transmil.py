@@ -127,6 +127,14 @@ def test_coordinates_rounded_to_whole_pixels_lie_in_the_same_cells():
     assert torch.equal(found, cells) and shape == (120, 120)
 
 
+@pytest.mark.parametrize(("overlap", "tiles"), [(0.5, 2), (0.75, 4)])
+@pytest.mark.parametrize("mpp", [0.499, 0.2325, 0.5])
+def test_overlapping_tiles_are_as_many_in_every_cell(overlap, tiles, mpp):
+    row = 224 * (1 - overlap) * torch.arange(40) * mpp + 7_654.3
+    cells, _ = grid_cells(torch.stack([row, row], 1).float(), torch.tensor(224 * mpp))
+    assert torch.bincount(cells[:, 0]).unique().tolist() == [tiles]
+
+
 def test_overlapping_tiles_share_a_cell_whatever_their_order():
     model = on_grid()
     bag = slide(square(5))

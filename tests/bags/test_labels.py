@@ -118,6 +118,39 @@ def test_a_slide_without_a_patient_is_its_own(table):
     assert read_labels(table("slide,label\na,x\n"), CONFIG)["patient"].tolist() == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Pat1", "PAT1"),
+        ("7", "7.0"),
+        ("7", "007"),
+        ("P  1", "P 1"),
+        ("P\u00a01", "P 1"),
+        ("P1", "P1\u200b"),
+        ("Ｐ1", "P1"),
+        ("A‐1", "A-1"),
+    ],
+)
+@pytest.mark.parametrize("column", ["patient", "hospital"])
+def test_one_patient_spelled_two_ways_is_refused(table, one, other, column):
+    path = table(f"slide,{column},label\na,{one},x\nb,{other},y\n")
+    with pytest.raises(LabelsError, match=f"in column '{column}' look like one {column}"):
+        read_labels(path, CONFIG, group=column)
+
+
+def test_patients_that_are_two_stay_two(table):
+    path = table("slide,patient,label\na,P1,x\nb,P10,y\nc,1.1,x\nd,1.10,y\ne,,x\nf,,y\n")
+    assert read_labels(path, CONFIG)["patient"].nunique() == 6
+    assert len(read_labels(table("slide,label\na,x\nA,y\n"), CONFIG, group="slide")) == 2
+
+
+@pytest.mark.parametrize("owner", ["case_submitter_id", "Participant ID", "donor", "MRN", "bcr_patient_uuid"])
+def test_an_empty_column_patient_does_not_hide_another_owner(table, owner):
+    for header, cells in ((f"slide,{owner},label", ("a,P,x", "b,P,y")), (f"slide,patient,{owner},label", ("a,,P,x", "b,n/a,P,y"))):
+        with pytest.raises(LabelsError, match="looks like the patients"):
+            read_labels(table("\n".join([header, *cells]) + "\n"), CONFIG)
+
+
 def test_the_table_of_clam_names_patients_and_slides_in_its_own_way(table):
     path = table("case_id,slide_id,label,site\nP,a,x,1\nP,b,y,2\n")
     assert rows(read_labels(path, CONFIG)) == [("a", "P", "1", "x"), ("b", "P", "2", "y")]

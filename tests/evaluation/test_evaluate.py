@@ -320,7 +320,11 @@ def test_comparison_of_a_model_with_itself_finds_no_difference() -> None:
         assert entry["difference"] == 0.0
         assert entry["difference_detected"] in (False, None)
         assert entry["p"] in (1.0, None)
-    assert result["delong_p"] == result["mcnemar_p"] == 1.0
+    assert result["delong_p"] == 1.0
+    # two slides a patient: McNemar's test would count both
+    assert "mcnemar_p" not in result and "of one patient" in result["notes"]["mcnemar_p"]
+    alone = table.assign(patient=table["slide_id"])
+    assert compare_predictions(alone, alone, n_bootstrap=0)["mcnemar_p"] == 1.0
 
 
 def test_comparison_finds_a_better_model_in_any_row_order() -> None:
@@ -332,7 +336,9 @@ def test_comparison_finds_a_better_model_in_any_row_order() -> None:
     assert entry["difference"] == pytest.approx(gain)
     assert entry["low"] > 0
     assert entry["difference_detected"] is True
-    assert max(entry["p"], result["delong_p"], result["mcnemar_p"]) < 0.01
+    assert max(entry["p"], result["delong_p"]) < 0.01
+    alone = [table.assign(patient=table["slide_id"]) for table in (good, poor)]
+    assert compare_predictions(*alone, n_bootstrap=0)["mcnemar_p"] < 0.01
 
 
 def test_comparison_needs_common_slides_and_labels() -> None:

@@ -11,6 +11,7 @@ import torch
 from seeded import make_bags, seed_weights
 from torch import Tensor, nn
 
+from wsimil.aggregators import Standardized, make_aggregator
 from wsimil.aggregators.clam import CLAM
 from wsimil.aggregators.mean_pool import MeanPool
 from wsimil.batch import BagOutput, LabelledBags, pack
@@ -146,3 +147,22 @@ def test_the_evidence_of_a_soft_label_is_for_its_likeliest_class(task, soft, har
     bags = pack([make_bags(20, dim=16, seed=seed) for seed in range(4)])
     soft_loss, hard_loss = (objective.tile_losses(model(bags), LabelledBags(bags, task.encode(one))) for one in (soft, hard))
     torch.testing.assert_close(soft_loss, hard_loss)
+
+
+@pytest.mark.parametrize("n_classes", [3, 5])
+def test_heads_and_branches_are_no_classes_even_if_they_are_as_many(n_classes):
+    task = Task("multiclass", tuple("abcde"[:n_classes]))
+    batch = LabelledBags(make_bags(30, dim=6), torch.tensor([0]))
+    with pytest.raises(ConfigError, match="columns are heads or branches"):
+        ClamInstances(SlideLabel(task), 8).double().losses(
+            make_aggregator("acmil", 6, n_classes, hidden=8, n_branches=5).double(), batch, 0.0
+        )
+    for name in ("clam_mb", "clam_sb"):
+        wrapped = Standardized(make_aggregator(name, 6, n_classes, hidden=8)).double()
+        assert ClamInstances(SlideLabel(task), 8).double().losses(wrapped, batch, 0.0)["tiles"].isfinite()
+
+
+def test_a_model_whose_embeddings_are_of_another_width_is_refused():
+    batch = LabelledBags(make_bags(30, dim=6), torch.tensor([0]))
+    with pytest.raises(ConfigError, match=r"judges tiles of 8 numbers \(hidden\), and this model's embeddings have"):
+        ClamInstances(SlideLabel(TYPES), 8).double().losses(make_aggregator("simple_mil", 6, 3, hidden=8).double(), batch, 0.0)

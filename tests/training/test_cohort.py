@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from wsimil.bags.bag import Geometry, read_bag, write_bag
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.splits import read_splits
 from wsimil.cli import main
@@ -129,3 +132,57 @@ def test_patients_are_counted_and_it_is_said_where_none_are_named(toy, tmp_path)
         rows = [f"{name},P{number // 2},{number // 2 % 2}" for number, name in enumerate(names)]
         (tmp_path / "labels.csv").write_text("\n".join([f"slide,{column},label", *rows]))
         assert prepare_cohort(bags, tmp_path / "labels.csv").owners() == f"folds: {said}"
+
+
+def copy_of(toy: Path, folder: Path, other: float, **attributes) -> BagFolder:
+    """The toy bags, and s00 once more in single precision, as `again`; its features by so much other."""
+    shutil.copytree(toy / "features_toy", folder / "features_toy")
+    bag = read_bag(toy / "features_toy/s00.h5")
+    again = replace(
+        bag, features=bag.features.astype(np.float32) + other, attributes={**bag.attributes, "slide_id": "again", **attributes}
+    )
+    write_bag(folder / "features_toy/again.h5", again, Geometry(224, 224.0, 0, 20_000, 20_000, 0.5, 0.5, "again"))
+    return BagFolder(folder)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "other", "said"),
+    [
+        ({"slide_fingerprint": "s05"}, "s05", "are of the same slide file"),
+        ({"slide_fingerprint": "x"}, "s00", "have the same features"),
+    ],
+)
+def test_one_slide_under_two_names_is_refused_on_two_sides(toy, tmp_path, attributes, other, said):
+    bags = copy_of(toy, tmp_path, float(other == "s05"), **attributes)
+    names = [f"s{number:02}" for number in range(N_SLIDES)]
+    rows = [f"{name},{name},{('neg', 'pos')[number % 2]}" for number, name in enumerate(names)]
+    for patient, refused in (("again", True), (other, False)):
+        table = tmp_path / "labels.csv"
+        table.write_text("\n".join(["slide,patient,label", *rows, f"again,{patient},{'neg' if other == 's00' else 'pos'}"]))
+        if refused:
+            with pytest.raises(SplitsError, match=f"again and {other} {said}|{other} and again {said}"):
+                prepare_cohort(bags, table)
+        else:
+            assert len(prepare_cohort(bags, table).labels) == N_SLIDES + 1
+
+
+def test_slides_without_a_patient_are_counted_where_others_have_one(toy, tmp_path):
+    rows = [f"s{number:02},{'' if number < 3 else number // 2},{('neg', 'pos')[number % 2]}" for number in range(N_SLIDES)]
+    (tmp_path / "labels.csv").write_text("\n".join(["slide,patient,label", *rows]))
+    cohort = prepare_cohort(BagFolder(toy), tmp_path / "labels.csv")
+    assert cohort.owners().endswith("; 3 slides without a patient count as patients of their own")
+
+
+def test_sides_that_lack_a_class_and_options_without_effect_are_said(toy, tmp_path):
+    labels = [("neg", "pos")[number % 2] if number < 10 else "neg" if number < 18 else "rare" for number in range(N_SLIDES)]
+    names = [f"s{number:02}" for number in range(N_SLIDES)]
+    (tmp_path / "labels.csv").write_text("\n".join(["slide,label", *map(",".join, zip(names, labels, strict=True))]))
+    splits = [f"0,{name},{name},,{side_of(number)}" for number, name in enumerate(names)]
+    (tmp_path / "splits.csv").write_text("\n".join(["fold,slide_id,patient,site,split", *splits]))
+    said: list[str] = []
+    settings = Settings(train=TrainConfig(epochs=1, hidden=8, device="cpu"), split=SplitConfig(folds=7, val_fraction=0.3))
+    given = {"splits": tmp_path / "splits.csv", "settings": settings, "say": said.append}
+    train(toy, tmp_path / "labels.csv", tmp_path / "run", **given)
+    assert any(line.startswith("fold 0: every validation slide is neg, so the best epoch") for line in said)
+    assert "fold 0: no training slide is rare, which test slides are: no model of this fold knows it" in said
+    assert f"--folds, --val-fraction: without effect, the folds are those of {tmp_path / 'splits.csv'}" in said

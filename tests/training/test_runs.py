@@ -116,7 +116,8 @@ def test_splits_keep_their_patients_where_the_label_table_names_none(toy, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"sampling": "balanced"}, "for classes and events"), ({"sampling": "risk_set"}, "for survival")]
+    ("changes", "said"),
+    [({"sampling": "balanced"}, "for classes that exclude one another, and events"), ({"sampling": "risk_set"}, "for survival")],
 )
 def test_an_order_of_slides_that_the_task_cannot_have_is_refused(toy, tmp_path, changes, said):
     table = pd.read_csv(toy / "labels.csv")

@@ -21,7 +21,7 @@ from toy_bags import write_cohort
 from wsimil.bags.bag import Geometry, read_bag, write_bag
 from wsimil.bags.dataset import BagFolder
 from wsimil.cli import main
-from wsimil.config import PredictConfig, Settings, SplitConfig, TrainConfig
+from wsimil.config import LabelsConfig, PredictConfig, Settings, SplitConfig, TrainConfig
 from wsimil.errors import BagFormatError, EncoderMismatchError, LabelsError, UsageError
 from wsimil.evaluation import evaluate_predictions
 from wsimil.evaluation.table import mean_over_folds, read_predictions
@@ -432,3 +432,113 @@ def test_a_table_without_slides_is_no_predictions_table(tmp_path):
     (tmp_path / "predictions.csv").write_text("slide,prob_a,prob_b\ns,0.1,0.9\n")
     with pytest.raises(UsageError, match="no column slide_id"):
         read_predictions(tmp_path / "predictions.csv")
+
+
+def test_copies_that_are_labelled_and_in_no_fold_are_predicted_as_what_they_are(cohort, tmp_path):
+    shutil.copytree(cohort / "run", tmp_path / "run")
+    labels = pd.read_csv(tmp_path / "run/labels.csv", dtype=str)
+    copy = labels[labels["slide_id"] == "s00"].assign(slide="s00-again", slide_id="s00-again", patient="s00-again", label="")
+    pd.concat([labels, copy]).to_csv(tmp_path / "run/labels.csv", index=False)
+    add_bag(cohort, tmp_path, "s00-again", slide_fingerprint="s00")
+    rows = predict(tmp_path, tmp_path / "run", tmp_path / "out", quiet=True)
+    assert not (rows["split"] == "new").any()
+    found = rows.set_index("slide_id")[["fold", "split", "label", "patient"]]
+    tested = "s00" in found.index
+    assert ("s00-again" in found.index) == tested
+    if tested:
+        assert found.loc["s00-again"].tolist() == found.loc["s00"].tolist()
+
+
+def test_another_slide_of_the_same_id_is_not_taken_for_the_models_own(cohort, tmp_path):
+    shutil.copytree(cohort / "features_toy", tmp_path / "features_toy")
+    bag = read_bag(tmp_path / "features_toy/s00.h5")
+    other = replace(bag, attributes={**bag.attributes, "slide_fingerprint": "another"})
+    write_bag(tmp_path / "features_toy/s00.h5", other, Geometry(224, 224.0, 0, 20_000, 20_000, 0.5, 0.5, "s00"))
+    with pytest.raises(UsageError, match=r"1 slides of .* but are other files \(slide_fingerprint\): s00;.* rename them"):
+        predict(tmp_path, cohort / "run", tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bags_of_others_are_known_under_another_name(tmp_path):
+    """They state no file of the slide, so the file of the bag is compared."""
+    rng, folder = np.random.default_rng(0), tmp_path / "bags"
+    for place in (folder, tmp_path / "renamed"):
+        place.mkdir()
+    rows = []
+    for number in range(12):
+        with h5py.File(folder / f"a{number:02}.h5", "w") as file:
+            file["features"] = rng.normal(size=(9, 6)).astype(np.float32)
+            file["coords"] = np.zeros((9, 2), np.int64)
+        shutil.copy(folder / f"a{number:02}.h5", tmp_path / f"renamed/b{number:02}.h5")
+        rows.append(f"a{number:02},{'xy'[number % 2]}")
+    (tmp_path / "labels.csv").write_text("\n".join(["slide,label", *rows]))
+    settings = Settings(train=TrainConfig(epochs=1, hidden=8, device="cpu"), split=SplitConfig(folds=2))
+    train(folder, tmp_path / "labels.csv", tmp_path / "run", settings=settings)
+    found = predict(tmp_path / "renamed", tmp_path / "run", tmp_path / "out", quiet=True)
+    assert (found["split"] == "test").all() and len(found) == 12
+
+
+@pytest.mark.parametrize("kind", ["survival", "proportion"])
+def test_models_that_speak_of_other_times_or_units_are_not_averaged(tmp_path, kind):
+    """The labels of test slides changed between two folds: neither of them learned from those, and both stay as they are."""
+    folder = write_cohort(tmp_path)
+    names = [f"s{number:02}" for number in range(24)]
+    side = {name: "test" if number < 12 else "val" if number < 16 else "train" for number, name in enumerate(names)}
+    splits = [f"0,{name},{name},,{side[name]}" for name in names]
+    turned = [
+        f"1,{name},{name},,{'test' if number >= 12 else 'val' if number >= 8 else 'train'}" for number, name in enumerate(names)
+    ]
+    (tmp_path / "splits.csv").write_text("\n".join(["fold,slide_id,patient,site,split", *splits, *turned]))
+    config = LabelsConfig(time="time", event="event") if kind == "survival" else LabelsConfig(task="proportion")
+    for fold in ("0", "1"):
+        # fold 1 tests the second half
+        values = [0.9 * (number + 1) / 24 * (7.5 if fold == "1" and number >= 12 else 1) for number in range(24)]
+        cells = [f"{name},{value:.3f}" + (",1" if kind == "survival" else "") for name, value in zip(names, values, strict=True)]
+        head = "slide,time,event" if kind == "survival" else "slide,label"
+        (tmp_path / "labels.csv").write_text("\n".join([head, *cells]))
+        settings = Settings(labels=config, train=TrainConfig(epochs=1, hidden=8, device="cpu", fold=fold))
+        train(folder, tmp_path / "labels.csv", tmp_path / "run", splits=tmp_path / "splits.csv", settings=settings, quiet=True)
+    labels = pd.read_csv(tmp_path / "run/labels.csv", dtype=str, keep_default_na=False)
+    with pytest.raises(UsageError, match=r"other labels than those|in other units or at other times"):
+        predict(folder, tmp_path / "run", tmp_path / "out", quiet=True)
+    for path in (tmp_path / "run").glob("fold*/model.json"):  # as if those of the other fold had been told apart by nothing
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"labels_hash": ""}))
+    assert len(labels) == 24
+    with pytest.raises(UsageError, match="in other units or at other times"):
+        predict(folder, tmp_path / "run", tmp_path / "out", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "options"),
+    [
+        ("topk_pool", ["k=1e-1"]),
+        ("transformer", ["heads=4.0"]),
+        ("abmil", {"classifier_hidden": None}),
+        ("acmil", {"mask_rate": "5e-1"}),
+    ],
+)
+def test_options_are_kept_as_they_were_used(cohort, tmp_path, aggregator, options):
+    (tmp_path / "c.yaml").write_text(json.dumps({"train": {"aggregator": aggregator, "aggregator_options": options}}))
+    call = ["train", str(cohort), "--labels", str(cohort / "labels.csv"), "--out", str(tmp_path / "run"), "--folds", "3"]
+    more = ["--epochs", "1", "--hidden", "8", "--device", "cpu", "--fold", "0", "--config", str(tmp_path / "c.yaml"), "--quiet"]
+    assert main([*call, *more]) == 0
+    assert (predict(cohort, tmp_path / "run", tmp_path / "out", quiet=True)["status"] == "done").all()
+
+
+def test_contributions_of_a_cox_model_are_in_the_unit_of_its_risk(tmp_path):
+    folder = write_cohort(tmp_path)
+    times = np.random.default_rng(1).permutation(24) + 1
+    rows = [f"s{number:02},{time},{number % 3 != 0:d}" for number, time in enumerate(times)]
+    (tmp_path / "labels.csv").write_text("\n".join(["slide,time,event", *rows]))
+    config = TrainConfig(epochs=3, lr=0.02, hidden=8, device="cpu", fold="0", loss="cox", precision="fp32")
+    settings = Settings(labels=LabelsConfig(time="time", event="event"), train=config, split=SplitConfig(folds=3))
+    (run,) = train(folder, tmp_path / "labels.csv", tmp_path / "run", settings=settings, quiet=True)
+    content = json.loads((run / "model.json").read_text())
+    content["task"] |= {"scale": 0.25, "center": 0.5}  # as of a model whose risks had to be shrunk
+    (run / "model.json").write_text(json.dumps(content))
+    task = load_model(run).task
+    for _, row in predict(folder, tmp_path / "run", tmp_path / "out", quiet=True).iterrows():
+        with h5py.File(tmp_path / f"out/scores/{row['slide_id']}.h5") as file:
+            total = float(np.sum(file["contributions"][:], dtype=np.float64))  # type: ignore[index]
+        assert row["risk"] == pytest.approx(total - task.scale * task.center, abs=1e-4)

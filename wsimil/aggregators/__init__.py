@@ -159,12 +159,15 @@ def make_aggregator(
     """A freshly initialised aggregator by its registry name.
 
     Args:
-        check: whether options are held against kinds and ranges; not those of a model that is there already.
+        check: whether options that are not of their kind or range are refused; not those of a model that is there already.
         options: further arguments of the aggregator's own.
 
     Raises:
         ConfigError: the name is not in `AGGREGATORS`, or an option is of the wrong kind or out of range.
     """
-    if check or name not in AGGREGATORS:
+    try:
         options = check_aggregator(name, options)
+    except ConfigError:
+        if check or name not in AGGREGATORS:
+            raise
     return AGGREGATORS[name].make(dim, n_outputs, hidden=hidden, dropout=dropout, **options)

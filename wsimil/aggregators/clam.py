@@ -52,9 +52,9 @@ class CLAM(Aggregator):
         if branches not in ("single", "multiple"):
             raise ConfigError(f"branches is {branches!r}; expected single or multiple")
         self.dim, self.n_outputs = dim, n_outputs
-        self.per_output = branches == "multiple"
+        self.attends_per_output = branches == "multiple"
         self.project = nn.Sequential(FirstLayer(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
-        self.attend = AttentionScore(hidden, attention, heads=n_outputs if self.per_output else 1, dropout=dropout)
+        self.attend = AttentionScore(hidden, attention, heads=n_outputs if self.attends_per_output else 1, dropout=dropout)
         self.classify = nn.Linear(hidden, n_outputs)  # with several branches row c reads z_c alone
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
@@ -62,7 +62,7 @@ class CLAM(Aggregator):
         tiles, scores = attended(self.project, self.attend, bags.features)  # (ΣN, H), (ΣN, K)
         attention = segment_softmax(scores, bags)  # (ΣN, K)
         embedding = segment_weighted_sum(attention, tiles, bags)  # (B, K, H)
-        if self.per_output:
+        if self.attends_per_output:
             logits = (embedding * self.classify.weight).sum(2) + self.classify.bias  # (B, C)
         else:
             embedding = embedding.squeeze(1)  # (B, H)

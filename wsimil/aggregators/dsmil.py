@@ -39,6 +39,7 @@ class DSMIL(Aggregator):
         dropout: on the values.
     """
 
+    attends_per_output = True
     contribution_kind = "exact"
 
     def __init__(

@@ -51,6 +51,8 @@ class TopK:
     def __init__(self, k: float) -> None:
         if k <= 0:
             raise ConfigError(f"k is {k}; expected a number of tiles, or a share of the bag between 0 and 1")
+        if k > 1 and k != int(k):
+            raise ConfigError(f"k is {k}; from 1 on it is a number of tiles, which is whole")
         self.k = k
 
     def _per_bag(self, values: Tensor, bags: BagBatch) -> list[tuple[Tensor, Tensor]]:

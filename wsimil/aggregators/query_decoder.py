@@ -78,6 +78,7 @@ class QueryDecoder(Aggregator):
         dropout: on the tiles, and on what each part of a layer adds.
     """
 
+    attends_per_output = True
     contribution_kind = "gradient"
 
     def __init__(

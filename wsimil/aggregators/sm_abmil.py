@@ -24,8 +24,9 @@ from wsimil.errors import AggregatorInputError, ConfigError
 
 __all__ = ["SmABMIL", "neighbours"]
 
-REACH = 1.5
-"""Tiles whose centres are nearer than this many sides, in x and in y, are neighbours: half a side of slack for rounded pixels."""
+REACH = 1.13
+"""Tiles whose centres are nearer than this many sides, in x and in y, are neighbours: those that touch or overlap, with slack for
+rounded pixels. No multiple of a fraction by which tiles overlap, so that rounding never decides."""
 
 CROWD = 128
 """Candidates per tile above which the positions cannot be right: an overlap of three quarters gives 81."""
@@ -34,7 +35,7 @@ CROWD = 128
 def neighbours(bags: BagBatch) -> tuple[Tensor, Tensor]:
     """Rows (E,), (E,) of all ordered pairs of neighbouring tiles; bags are never joined.
 
-    Tiles are sorted into cells of 1.5 sides, and each looks through its own and the eight cells around: O(N).
+    Tiles are sorted into cells of `REACH` sides, and each looks through its own and the eight cells around: O(N).
 
     Raises:
         AggregatorInputError: so many tiles in one place that the positions must be wrong.

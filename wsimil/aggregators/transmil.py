@@ -108,7 +108,8 @@ class PlaceConvolutions(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         kernel = self.seven.weight + F.pad(self.five.weight, [1] * 4) + F.pad(self.three.weight, [2] * 4)  # (H, 1, 7, 7)
         biases = [conv.bias for conv in (self.seven, self.five, self.three) if conv.bias is not None]
-        return image + F.conv2d(image.unsqueeze(0), kernel, torch.stack(biases).sum(0), padding=3, groups=len(image)).squeeze(0)
+        bias = biases[0] + biases[1] + biases[2]  # of torch.stack the three gradients would be one piece of memory, added to thrice
+        return image + F.conv2d(image.unsqueeze(0), kernel, bias, padding=3, groups=len(image)).squeeze(0)
 
 
 class TransMIL(Aggregator):
@@ -213,9 +214,16 @@ class TransMIL(Aggregator):
         return tokens + gained[flat]
 
 
+_ON_EDGE = 0.13
+"""Sides of a tile by which rounded pixels may be off: no fraction by which tiles overlap."""
+
+
 def grid_cells(coords_um: Tensor, tile_um: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Places (N, 2) → row and column of each tile (N, 2) on a grid of tiles, and the grid's shape."""
-    cells = ((coords_um - coords_um.amin(0)) / tile_um).round().long().flip(1)  # (N, 2)
+    """Places (N, 2) → row and column of each tile (N, 2) on a grid of tiles, and the grid's shape.
+
+    A tile is in the cell that its corner lies in, or lies as good as on the edge of: half-overlapping ones are two to a cell.
+    """
+    cells = ((coords_um - coords_um.amin(0)) / tile_um + _ON_EDGE).floor().long().flip(1)  # (N, 2)
     rows, columns = (cells.amax(0) + 1).tolist()
     return cells, (rows, columns)
 

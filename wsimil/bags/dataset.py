@@ -27,8 +27,9 @@ from wsimil.errors import BagFormatError, EncoderMismatchError, UsageError, some
 from wsimil.files import fingerprint
 from wsimil.hdf5 import Allocate
 
-__all__ = ["BagFolder", "find_features_folder"]
+__all__ = ["BagFolder", "are_other_slides", "find_features_folder"]
 
+_OF_BAG = "bag:"
 _BLOCK = 1024
 """Rows that are looked at together, in the processor's cache."""
 _EXPONENT = np.uint16(0x7C00)
@@ -53,6 +54,11 @@ def find_features_folder(folder: str | Path) -> Path:
         names = ", ".join(str(path.relative_to(folder)) for path in found)
         raise UsageError(f"{folder}: several folders of bags ({names}); give one of them")
     return found[0]
+
+
+def are_other_slides(one: str, other: str) -> bool:
+    """Whether two `content`s of one id are surely of two slides; a bag may be made anew of the same slide."""
+    return bool(one and other) and one != other and not one.startswith(_OF_BAG) and not other.startswith(_OF_BAG)
 
 
 class BagFolder:
@@ -107,6 +113,8 @@ class BagFolder:
             if other is not header:
                 names = f"{other.path.name} and {header.path.name}"
                 raise BagFormatError(f"{self.folder}: {names} are both of slide {header.slide_id}; remove one")
+        self._contents: dict[Path, str] = {}
+        self._shared: Counter[Path] = Counter()  # bags in a file
         self._kept: dict[str, np.ndarray] = {}
         self._checked: set[str] = set()
         self._cache: dict[str, Bag] = {}
@@ -187,6 +195,16 @@ class BagFolder:
             return fingerprint([path]) + written
         unread = f":{said['n_invalid']}" if said.get("n_invalid") else ""
         return f"{said.get('slide_fingerprint', '')}:{said['recipe_hash']}:{header.n_tiles}{unread}"
+
+    def content(self, slide_id: str) -> str:
+        """Identity of the slide whatever it is called: of its file, or of the bag's where that is not stated; empty: not known."""
+        header = self.headers[slide_id]
+        if stated := header.attributes.get("slide_fingerprint"):
+            return str(stated)
+        if header.path not in self._contents:
+            self._shared = self._shared or Counter(other.path for other in self.headers.values())
+            self._contents[header.path] = _OF_BAG + fingerprint([header.path]) if self._shared[header.path] == 1 else ""
+        return self._contents[header.path]
 
     def read(self, slide_id: str) -> Bag:
         """The bag as stored, compared with its checksums. Raises BagFormatError if it differs, or its file was replaced."""

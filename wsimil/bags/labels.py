@@ -34,7 +34,11 @@ _MISSING = ("", "na", "n/a", "#n/a", "nan", "null")  # not "none": that is what 
 _MAX_INTEGER_CLASSES = 20
 _NOTHING = ("none", "-")
 """A cell of a multi-label column that says: looked at, and none of them."""
-_OWNERS = ("patient", "patients", "patientid", "patientname", "case", "caseid", "subject", "subjectid", "bcrpatientbarcode")
+_OWNERS = (
+    *("patient", "patients", "patientid", "patientname", "patientno", "patientnumber", "patientbarcode", "mrn", "pid"),
+    *("case", "caseid", "casesubmitterid", "subject", "subjectid", "participant", "participantid", "donor", "donorid"),
+    *("bcrpatientbarcode", "bcrpatientuuid"),
+)
 """What others call the column `patient`, in small letters alone."""
 _YES, _NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 
@@ -75,8 +79,8 @@ def read_labels(
     asked = {"slide", *truth, group, site, test} - {"patient", None}
     for column in sorted(filter(None, asked)):
         require_column(path, table, column, LabelsError)
-    _check_owner(path, table, group)
     table = table.where(~table.apply(lambda cells: cells.str.lower()).isin(_MISSING), "")
+    _check_owner(path, table, group)
     slides = table["slide"]
     table = table.map(composed)  # `José` is one patient, however it is typed; slides keep the bytes of their file names
     if (slides == "").any():
@@ -84,6 +88,8 @@ def read_labels(
     nobody = pd.Series("", table.index, dtype=str)
     named = table.get("patient", nobody if group == "patient" else table[group])  # the only owner that such a table names
     patients = named.where(named != "", slides.map(composed))
+    for column in {"patient", group} & set(table) - {"slide"}:
+        _check_owners_spelling(path, sorted(set(table[column]) - {""}), column)
     return pd.DataFrame(
         {
             "slide": slides,
@@ -98,12 +104,13 @@ def read_labels(
 
 def _check_owner(path: str | Path, table: Table, group: str) -> None:
     """Folds would tear patients apart whose column is not known as such."""
-    if "patient" in table or group == "slide":
+    if ("patient" in table and (table["patient"] != "").any()) or group == "slide":
         return
-    owner = next((column for column in table if re.sub("[^a-z]", "", column.lower()) in _OWNERS), None)
+    others = (column for column in table if column != "patient")
+    owner = next((column for column in others if re.sub("[^a-z]", "", column.lower()) in _OWNERS), None)
     if owner not in (None, group):
         say_so = "" if group != "patient" else f", or pass --group {owner} (--group slide: every slide is a patient of its own)"
-        raise LabelsError(f"{path}: column {owner!r} looks like the patients, and none is called patient: rename it{say_so}")
+        raise LabelsError(f"{path}: column {owner!r} looks like the patients, and no other is called patient: rename it{say_so}")
 
 
 def _joined(patients: Table, groups: Table) -> list[str]:
@@ -448,6 +455,24 @@ def _check_spelling(classes: list[str], target: str) -> None:
         other = seen.setdefault(" ".join(value.casefold().split()) if number is None else number, value)
         if other != value:
             raise LabelsError(f"column {target!r}: {other!r} and {value!r} look like one class; spell them alike")
+
+
+def _check_owners_spelling(path: str | Path, names: list[str], column: str) -> None:
+    """Refuse two patients (or groups) who are one: `Pat1` and `PAT1`, `7` and `007`. Folds would tear them apart."""
+    seen: dict[str, str] = {}
+    for name in names:
+        seen_as = "".join(
+            "-" if unicodedata.category(letter) == "Pd" else letter
+            for letter in unicodedata.normalize("NFKC", name).casefold()
+            if unicodedata.category(letter) != "Cf"  # letters that cannot be seen
+        )
+        whole = re.fullmatch(r"0*(\d+?)(\.0+)?", seen_as)
+        other = seen.setdefault(whole[1] if whole else " ".join(seen_as.split()), name)
+        if other != name:
+            raise LabelsError(
+                f"{path}: {other!r} and {name!r} in column {column!r} look like one {column}, whose slides could come to lie on "
+                "two sides of a fold; spell them alike, or quite differently if they are two"
+            )
 
 
 def _number(text: str) -> float | None:

@@ -65,7 +65,7 @@ class ClamInstances(Wrapping):
             raise ConfigError(f"ClamInstances needs one class for each slide; the task is {task.kind}")
         if loss not in ("cross_entropy", "svm"):
             raise ConfigError(f"loss is {loss!r}; expected cross_entropy or svm")
-        self.k, self.share, self.subtyping = k, share, subtyping
+        self.k, self.share, self.subtyping, self.hidden = k, share, subtyping, hidden
         self.judges = nn.ModuleList(nn.Linear(hidden, 2) for _ in task.classes)
         self.loss = F.cross_entropy if loss == "cross_entropy" else smooth_top1_svm
 
@@ -76,6 +76,12 @@ class ClamInstances(Wrapping):
 
     def losses(self, model: nn.Module, batch: LabelledBags, progress: float) -> dict[str, Tensor]:
         output = model(batch.bags)
+        several = output.attention_logits is not None and output.attention_logits.shape[1] > 1
+        if several and not getattr(model, "attends_per_output", False):
+            raise ConfigError(
+                "ClamInstances takes a column of attention for a class, and this model's columns are heads or branches: take a "
+                "model with one attention, or one for each output, such as clam_sb or clam_mb"
+            )
         tile_losses = self.tile_losses(output, batch)  # (B,)
         tile_loss = (tile_losses if batch.weights is None else tile_losses * batch.weights).mean()
         slide = self.slide_label.losses_of(output, batch)
@@ -87,6 +93,11 @@ class ClamInstances(Wrapping):
         if attention is None or tiles is None or attention.shape[1] not in (1, output.logits.shape[1]):
             raise ConfigError(
                 "ClamInstances needs a model with one attention, or one for each output, and tile embeddings, such as clam_sb"
+            )
+        if tiles.shape[1] != self.hidden:
+            raise ConfigError(
+                f"ClamInstances judges tiles of {self.hidden} numbers (hidden), and this model's embeddings have {tiles.shape[1]}: "
+                f"take a model that embeds tiles, such as clam_sb, or hidden {tiles.shape[1]}"
             )
         per_bag = []
         classes = self.slide_label.task.likeliest(batch.targets).tolist()

@@ -1,7 +1,7 @@
 """Who is in the study: labels matched to slides, the task they make, and the folds.
 
-- Two slides with the same features are one slide under two names. On two sides of a fold they are a leak that no table of patients
-  shows, and an error.
+- Two slides with the same features, or of one file, are one slide under two names. On two sides of a fold they are a leak that no
+  table of patients shows, and an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pandas as pd
 
 from wsimil.bags.bag import BagHeader
 from wsimil.bags.dataset import BagFolder
-from wsimil.bags.labels import infer_task, match_labels, match_slides, read_labels
+from wsimil.bags.labels import composed, infer_task, match_labels, match_slides, read_labels
 from wsimil.bags.splits import check_splits, make_splits, read_splits
 from wsimil.config import LabelsConfig, SplitConfig
 from wsimil.errors import SplitsError, some_of
@@ -43,8 +43,16 @@ class Cohort:
         """How many patients there are; folds cannot keep the slides of one together who is not named."""
         dealt: Table = self.splits.drop_duplicates("slide_id")
         n_slides, n_patients = len(dealt), dealt["patient"].nunique()
-        alone = "; every slide counts as a patient of its own (column patient, or --group)" if n_patients == n_slides else ""
+        alone = ""
+        if n_patients == n_slides:
+            alone = "; every slide counts as a patient of its own (column patient, or --group)"
+        elif nobodys := int((dealt["patient"] == dealt["slide_id"].map(self._names())).sum()):
+            alone = f"; {nobodys} slides without a patient count as patients of their own"
         return f"folds: {n_slides} slides of {n_patients} patients{alone}"
+
+    def _names(self) -> dict[str, str]:
+        """Slide id → the slide as the label table names it, which is the patient of a slide without one."""
+        return dict(zip(self.labels["slide_id"], self.labels["slide"].map(composed), strict=True))
 
     def left_out(self, bags: BagFolder) -> list[str]:
         """A line for each reason why slides take no part, with the first of them."""
@@ -133,14 +141,28 @@ def check_not_seen(bags: BagFolder, splits: pd.DataFrame, folds: Iterable[int]) 
 
 
 def _check_no_twins(bags: BagFolder, splits: pd.DataFrame) -> None:
-    """Raises SplitsError if two slides on different sides of a fold have the same features, tile for tile."""
-    for one, other in _twins(bags, sorted(set(splits["slide_id"]) & set(bags.headers))):
+    """Raises SplitsError if two slides on different sides of a fold have the same features, tile for tile, or are of one file."""
+    dealt = sorted(set(splits["slide_id"]) & set(bags.headers))
+    how = {pair: "are of the same slide file (slide_fingerprint)" for pair in _of_one_file(bags, dealt)}
+    how |= dict.fromkeys(_twins(bags, dealt), "have the same features, tile for tile,")
+    for (one, other), same in how.items():
         sides = splits[splits["slide_id"].isin([one, other])].groupby("fold")["split"].nunique()
         if (sides.to_numpy() > 1).any():
             raise SplitsError(
-                f"{one} and {other} have the same features, tile for tile, and are on two sides of fold {sides.idxmax()}: "
+                f"{one} and {other} {same} and are on two sides of fold {sides.idxmax()}: "
                 "they are one slide under two names; take one out of the labels, or give both the same patient"
             )
+
+
+def _of_one_file(bags: BagFolder, slide_ids: Iterable[str]) -> list[tuple[str, str]]:
+    """The first bag of each slide file, and every other of it."""
+    first: dict[str, str] = {}
+    pairs = []
+    for slide_id in slide_ids:
+        if content := bags.headers[slide_id].attributes.get("slide_fingerprint"):
+            one = first.setdefault(str(content), slide_id)
+            pairs += [(one, slide_id)] if one != slide_id else []
+    return pairs
 
 
 def _twins(bags: BagFolder, slide_ids: Iterable[str]) -> list[tuple[str, str]]:
@@ -154,10 +176,16 @@ def _twins(bags: BagFolder, slide_ids: Iterable[str]) -> list[tuple[str, str]]:
     for slide_id in (slide_id for group in groups for slide_id in group):
         header = bags.headers[slide_id]
         start = header.features.read(np.arange(min(_FEW_ROWS, header.n_tiles)))
-        alike[header.n_tiles, start.astype(np.float32).tobytes()].append(slide_id)
+        alike[header.n_tiles, _in_half(start).tobytes()].append(slide_id)
     pairs = [pair for group in alike.values() for pair in combinations(group, 2)]
     return [(one, other) for one, other in pairs if _same(bags.headers[one], bags.headers[other])]
 
 
 def _same(one: BagHeader, other: BagHeader) -> bool:
-    return np.array_equal(one.features.read(), other.features.read())
+    return np.array_equal(_in_half(one.features.read()), _in_half(other.features.read()))
+
+
+def _in_half(features: np.ndarray) -> np.ndarray:
+    """In half precision, as one of two copies may be stored."""
+    with np.errstate(over="ignore"):
+        return features.astype(np.float16, copy=False)

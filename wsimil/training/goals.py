@@ -117,8 +117,12 @@ def build_objective(config: TrainConfig, task: Task, labels: Sequence[str]) -> O
 
 def _order(config: TrainConfig, task: Task, labels: Sequence[str]) -> Callable[[int], Iterable[int]] | None:
     if config.sampling == "balanced":
-        if task.has_values:
-            raise ConfigError(f"train.sampling is balanced, which is for classes and events; the task is {task.kind}")
+        if task.has_values or task.kind == "multilabel":
+            instead = "; train.balance balances its labels" if task.kind == "multilabel" else ""
+            raise ConfigError(
+                "train.sampling is balanced, which is for classes that exclude one another, and events; "
+                f"the task is {task.kind}{instead}"
+            )
         if task.compares_slides:
             raise ConfigError(
                 "train.sampling is balanced, and train.loss is cox, whose likelihood is that of the cohort as it is: with events "

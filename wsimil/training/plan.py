@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsimil.aggregators import Standardized
+from wsimil.aggregators import Standardized, check_aggregator
 from wsimil.bags.dataset import BagFolder
 from wsimil.config import TrainConfig
 from wsimil.errors import LabelsError, SplitsError
@@ -93,7 +93,7 @@ def content_of(plan: Plan, bags: BagFolder) -> dict[str, Any]:
     config = plan.config
     return {
         "aggregator": config.aggregator,
-        "aggregator_options": config.options_of("aggregator_options"),
+        "aggregator_options": check_aggregator(config.aggregator, config.options_of("aggregator_options")),  # as they are used
         "dim": bags.dim,
         "hidden": config.hidden,
         "dropout": config.dropout,

@@ -16,7 +16,7 @@ from wsimil.aggregators import Standardized
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import COLUMNS, refuse_to_lose, splits_hash
-from wsimil.config import Settings, TrainConfig
+from wsimil.config import Settings, SplitConfig, TrainConfig
 from wsimil.errors import UsageError, some_of
 from wsimil.extraction.extract import resolve_device
 from wsimil.files import hash_of, read_json, sweep_temporary_files, write_text
@@ -64,6 +64,8 @@ def train(
     for remark in bag_folder.remarks:
         say(remark)
     cohort = prepare_cohort(bag_folder, labels, splits=splits, labels_config=settings.labels, split_config=settings.split)
+    if ignored := _made_already(settings) if splits else []:
+        say(f"{', '.join(ignored)}: without effect, the folds are those of {splits}")
     say(cohort.task.describe(cohort.labels["label"].tolist()))
     say(cohort.owners())
     for line in cohort.left_out(bag_folder):
@@ -94,7 +96,7 @@ def train(
         write_text(path, table.to_csv(index=False))
     save_settings(out / "config.yaml", settings, SECTIONS)
     sweep_temporary_files(out)
-    for line in _not_planned(out, plans, cohort):
+    for line in [*_not_planned(out, plans, cohort), *_one_sided(plans, cohort)]:
         say(line)
     if stacked:
         lines = _train_stacked(out, plans, _store(bag_folder, plans, config, device), cohort, settings, device)
@@ -108,10 +110,36 @@ def train(
     return [plan.folder for plan in plans]
 
 
+def _made_already(settings: Settings) -> list[str]:
+    """Options that make folds, where they are not the default."""
+    usual = SplitConfig()
+    names = ("folds", "val_fraction", "test", "site")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(settings.split, name) != getattr(usual, name)]
+
+
 def _fingerprints(bags: BagFolder, cohort: Cohort) -> list[str]:
-    """Of the slides' content, as their bags state it: under another id they are known by it."""
-    headers = (bags.headers.get(name) for name in cohort.labels["slide_id"])
-    return ["" if header is None else str(header.attributes.get("slide_fingerprint", "")) for header in headers]
+    """Of the slides' content: under another id they are known by it."""
+    return [bags.content(name) if name in bags.headers else "" for name in cohort.labels["slide_id"]]
+
+
+def _one_sided(plans: list[Plan], cohort: Cohort) -> Iterator[str]:
+    """A line about each fold whose validation cannot tell classes apart, or whose test has one that is not learned."""
+    text = dict(zip(cohort.labels["slide_id"].tolist(), cohort.labels["label"].tolist(), strict=True))
+    for fold, plan in {plan.fold: plan for plan in plans}.items():
+        task = plan.task
+        if task.kind not in ("binary", "multiclass", "ordinal"):
+            continue
+        sides = cohort.splits.query("fold == @fold and split == 'test'")["slide_id"]
+        by_side = {"train": plan.labels["train"], "val": plan.labels["val"], "test": [text.get(name, "") for name in sides]}
+        found = {side: {task.hard_label(label) for label in labels if label} for side, labels in by_side.items()}
+        if len(found["val"]) == 1:
+            only = next(iter(found["val"]))
+            yield (
+                f"fold {fold}: every validation slide is {only}, so the best epoch, the threshold and the calibration are chosen "
+                "without another class (--val-fraction, or other --splits)"
+            )
+        if unknown := sorted(found["test"] - found["train"]):
+            yield f"fold {fold}: no training slide is {some_of(unknown)}, which test slides are: no model of this fold knows it"
 
 
 def _not_planned(out: Path, plans: list[Plan], cohort: Cohort) -> Iterator[str]:
@@ -200,7 +228,7 @@ def _train_stacked(
         begin(plan, settings)
     with torch.random.fork_rng():
         models = [fresh_model(plan, store) for plan in plans]
-        torch.manual_seed(int(together[:8], 16))
+        torch.manual_seed(int(hash_of([[plan.fold, plan.config.seed] for plan in plans])[:8], 16))  # of no label
         members = [
             Member(model, plan.task, plan.ids, plan.targets, plan.weights) for model, plan in zip(models, plans, strict=True)
         ]
