@@ -186,6 +186,7 @@ def _same(one: BagHeader, other: BagHeader) -> bool:
 
 
 def _in_half(features: np.ndarray) -> np.ndarray:
-    """In half precision, as one of two copies may be stored."""
+    """In half precision, as one of two copies may be stored, where that holds the numbers."""
     with np.errstate(over="ignore"):
-        return features.astype(np.float16, copy=False)
+        half = features.astype(np.float16, copy=False)
+    return half if np.isfinite(half).all() else features
