@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,7 +78,7 @@ class Files:
     numpy: list[Path]
 
 
-def drop(paths: list[Path]) -> None:
+def drop(paths: Sequence[Path]) -> None:
     """Out of the page cache. Raises SystemExit: they lie in memory, as in a tmpfs."""
     if not any([_drop(path) for path in paths]):
         raise SystemExit(f"{paths[0].parent} stays in memory, so nothing can be read cold: give a --folder on a disk")
@@ -203,7 +203,7 @@ class ClockedLabels(SlideLabel):
     """Notes when an epoch begins and when its last step is done; before it begins these files are dropped."""
 
     started = ended = 0.0
-    dropped: list[Path] = []  # noqa: RUF012
+    dropped: Sequence[Path] = ()
 
     def on_epoch_start(self, epoch: int, infer: Callable) -> None:
         if self.dropped:

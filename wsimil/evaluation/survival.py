@@ -46,8 +46,7 @@ def ipcw_c(
 ) -> np.ndarray:
     """Uno's concordance: pairs weighted by the inverse chance of being still uncensored, so censoring does not tilt it.
 
-    Events at or after `tau` (default: none is left out) start no pair. The censoring curve is estimated on the
-    evaluated slides, once: a resample keeps it.
+    Events at or after `tau` (default: none is left out) start no pair.
     """
     time = np.asarray(time, dtype=np.float64)
     before = _uncensored_before(time, event)
