@@ -240,6 +240,18 @@ def test_contributions_are_the_same_in_inference_mode(name):
 
 
 @every_aggregator
+def test_contributions_of_a_large_bag_keep_their_digits(name):
+    model, batch = make(name), make_batch(1_000 if name in QUADRATIC else 20_000)
+    with torch.no_grad():
+        exact = model(batch, explain=True).contributions
+        rounded = model.float()(batch.to("cpu", torch.float32), explain=True).contributions
+    if exact is None or rounded is None:
+        assert exact is rounded
+        return
+    assert ((rounded - exact).abs() / exact.abs().clamp_min(1e-30)).median() < 3e-4
+
+
+@every_aggregator
 def test_extreme_values_do_not_overflow(name):
     model, batch = make(name).float(), make_batch(*SIZES).to("cpu", torch.float32)
     with torch.no_grad():

@@ -53,6 +53,15 @@ def test_chunks_change_nothing(monkeypatch):
     torch.testing.assert_close(leave_one_out(scores, bags.features, bags, head), whole, rtol=0, atol=1e-12)
 
 
+def test_a_tile_among_very_many_keeps_its_digits_in_float32():
+    bags, head = make_bags(50_000, dim=H), make_head(1)
+    exact = leave_one_out(bags.features[:, :1], bags.features, bags, head)
+    plain = bags.to("cpu", torch.float32)
+    rounded = leave_one_out(plain.features[:, :1], plain.features, plain, head.float())
+    assert rounded.dtype == torch.float32
+    assert ((rounded - exact).abs() / exact.abs()).median() < 1e-4
+
+
 def test_tiles_that_are_all_alike_are_owed_nothing():
     bags, head = make_bags(6, dim=H), make_head(1)
     alike = bags.features[:1].expand(6, H)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from wsimil.aggregators.packed import segment_argmax, segment_softmax, segment_weighted_sum
 from wsimil.batch import BagBatch
@@ -25,11 +26,12 @@ CHUNK = 16_384
 
 
 @torch.no_grad()
-def leave_one_out(scores: Tensor, tiles: Tensor, bags: BagBatch, head: Callable[[Tensor], Tensor]) -> Tensor:
+def leave_one_out(scores: Tensor, tiles: Tensor, bags: BagBatch, head: nn.Module) -> Tensor:
     """(ΣN, C): what the logits lose without each tile, for z_k = Σ_i softmax(e_k)_i h_i and any head.
 
-    Without tile i, z becomes (z - a_i h_i) / (1 - a_i). Where a_i is nearly 1 that is a difference of equals: for the most
-    attended tile, the only one that can have more than half, the mean over the others is computed by itself.
+    - Without tile i, z loses a_i (h_i - z) / (1 - a_i). Where a_i is nearly 1 that divides by a difference of equals: for a tile
+      with more than half of the attention, the mean over the others is computed by itself.
+    - In a bag of 100,000 tiles both logits agree in all digits of float32: the head is evaluated in float64.
 
     Args:
         scores: (ΣN, K) attention before softmax.
@@ -39,21 +41,26 @@ def leave_one_out(scores: Tensor, tiles: Tensor, bags: BagBatch, head: Callable[
     bag = bags.bag_index
     attention = segment_softmax(scores, bags)  # (ΣN, K)
     whole = segment_weighted_sum(attention, tiles, bags)  # (B, K, H)
-    logits = head(whole.flatten(1))  # (B, C)
     top = segment_argmax(scores, bags)  # (B, K) rows
     lowest = torch.finfo(attention.dtype).min / 4  # finite: a bag of one tile has no other, and is put right at the end
     others = segment_softmax(scores.to(attention.dtype).scatter(0, top, lowest), bags)
-    without_top = segment_weighted_sum(others, tiles, bags)  # (B, K, H)
-    is_top = torch.zeros_like(attention, dtype=torch.bool).scatter(0, top, True)  # (ΣN, K)
+    top_loses = whole - segment_weighted_sum(others, tiles, bags)  # (B, K, H)
+
+    weights = {name: value.detach().double() for name, value in head.state_dict(keep_vars=True).items()}
+
+    def logits_of(embedding: Tensor) -> Tensor:
+        return functional_call(head, weights, (embedding.flatten(1),))
+
+    logits = logits_of(whole.double())  # (B, C)
     lost = []
     for start in range(0, len(tiles), CHUNK):
         rows = slice(start, start + CHUNK)
-        weight = attention[rows].unsqueeze(2)  # (n, K, 1)
-        rest = (whole[bag[rows]] - weight * tiles[rows].unsqueeze(1)) / (1 - weight).clamp_min(0.25)  # (n, K, H)
-        rest = torch.where(is_top[rows].unsqueeze(2), without_top[bag[rows]], rest)
-        lost.append(logits[bag[rows]] - head(rest.flatten(1)))
+        own, weight = bag[rows], attention[rows].unsqueeze(2)
+        loses = weight * (tiles[rows].unsqueeze(1) - whole[own]) / (1 - weight).clamp_min(0.5)  # (n, K, H)
+        loses = torch.where(weight > 0.5, top_loses[own], loses)
+        lost.append(logits[own] - logits_of(whole[own].double() - loses.double()))
     alone = (bags.sizes == 1)[bag].unsqueeze(1)  # (ΣN, 1)
-    return torch.where(alone, logits[bag], torch.cat(lost))
+    return torch.where(alone, logits[bag], torch.cat(lost)).to(attention.dtype)
 
 
 def gradient_contributions(tiles: Tensor, bags: BagBatch, logits_of: Callable[[BagBatch], Tensor]) -> Tensor:

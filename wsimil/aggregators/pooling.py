@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsimil.aggregators.packed import segment_argmax, segment_max, segment_mean, segment_sum
+from wsimil.aggregators.packed import segment_argmax, segment_max, segment_mean, segment_softmax, segment_sum
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 from wsimil.errors import ConfigError
 
@@ -83,10 +83,10 @@ class LogMeanExp:
         total = _log_sum_exp(self.sharpness * _wide(values), bags)
         return (total - bags.sizes.to(total.dtype).log().unsqueeze(1)) / self.sharpness
 
-    def without_each(self, values: Tensor, bags: BagBatch) -> Tensor:
-        total = _log_sum_exp_without_each(self.sharpness * _wide(values), bags)
-        others = (bags.sizes - 1).clamp_min(1)[bags.bag_index].unsqueeze(1)
-        return (total - others.to(total.dtype).log()) / self.sharpness
+    def lost_without_each(self, values: Tensor, bags: BagBatch) -> Tensor:
+        lost = _log_sum_exp_lost(self.sharpness * _wide(values), bags)
+        by_number = torch.log1p(-1 / bags.sizes.clamp_min(2).to(lost.dtype))  # log (N - 1) - log N
+        return (lost + by_number[bags.bag_index].unsqueeze(1)) / self.sharpness
 
 
 class NoisyOr:
@@ -95,15 +95,19 @@ class NoisyOr:
     def __call__(self, values: Tensor, bags: BagBatch) -> Tensor:
         return _log_expm1_exp(_log_sum_exp(_log_softplus(_wide(values)), bags))
 
-    def without_each(self, values: Tensor, bags: BagBatch) -> Tensor:
-        return _log_expm1_exp(_log_sum_exp_without_each(_log_softplus(_wide(values)), bags))
+    def lost_without_each(self, values: Tensor, bags: BagBatch) -> Tensor:
+        values = _wide(values)
+        parts = _log_softplus(values)  # log s_i
+        rest = _log_expm1_exp(_log_sum_exp(parts, bags)[bags.bag_index] - _log_sum_exp_lost(parts, bags))  # logit without i
+        # log (e^(t + s) - 1) - log (e^t - 1) = s + log (1 + (1 - e^-s) / (e^t - 1)), of positive terms alone: t of the rest, s of i
+        return F.softplus(values, threshold=40) + F.softplus(F.logsigmoid(values) - rest, threshold=40)
 
 
 Selects = Mean | Max | TopK
 """pool = Σ_i weights_i v_i, with `weights` (ΣN, K)."""
 
 Blends = LogMeanExp | NoisyOr
-"""No sums: `without_each` (ΣN, K) is the pool of the bag without that tile, and of no meaning for the only tile of a bag."""
+"""No sums: `lost_without_each` (ΣN, K) is how much smaller the pool is without that tile; a bag of one tile has no such number."""
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -116,15 +120,16 @@ def _log_sum_exp(values: Tensor, bags: BagBatch) -> Tensor:
     return segment_sum((values - peak[bags.bag_index]).exp(), bags).log() + peak
 
 
-def _log_sum_exp_without_each(values: Tensor, bags: BagBatch) -> Tensor:
-    """(ΣN, K) → (ΣN, K). Of a bag's largest value the rest is summed by itself: subtracting it would leave rounding alone."""
+def _log_sum_exp_lost(values: Tensor, bags: BagBatch) -> Tensor:
+    """(ΣN, K) → (ΣN, K): log Σ e^v minus the same without the tile, from its share: in a large bag both agree in all their digits.
+
+    Of a tile that has more than half the rest is summed by itself: subtracting it would leave rounding alone.
+    """
     bag = bags.bag_index
-    peak = segment_max(values, bags)
-    parts = (values - peak[bag]).exp()
-    without = (segment_sum(parts, bags)[bag] - parts).clamp_min(1.0).log() + peak[bag]  # the largest alone is exp(0)
-    top = segment_argmax(values, bags)  # (B, K)
-    rest = _log_sum_exp(values.scatter(0, top, torch.finfo(values.dtype).min / 4), bags)
-    return without.scatter(0, top, rest)
+    share = segment_softmax(values, bags)
+    rest = _log_sum_exp(values.scatter(0, segment_argmax(values, bags), torch.finfo(values.dtype).min / 4), bags)
+    lost_with_top = _log_sum_exp(values, bags) - rest  # (B, K)
+    return torch.where(share > 0.5, lost_with_top[bag], -torch.log1p(-share.clamp_max(0.5)))
 
 
 def _log_softplus(values: Tensor) -> Tensor:
@@ -152,13 +157,6 @@ def _pool(name: str, k: float, sharpness: float) -> Selects | Blends:
     if name not in pools:
         raise ConfigError(f"pool is {name!r}; expected {', '.join(pools)}")
     return pools[name]()
-
-
-def _lost(logits: Tensor, without: Tensor, bags: BagBatch) -> Tensor:
-    """logits (B, C), those without each tile (ΣN, C) → what is lost without it (ΣN, C)."""
-    bag = bags.bag_index
-    alone = (bags.sizes == 1)[bag].unsqueeze(1)
-    return logits[bag] - torch.where(alone, 0.0, without)
 
 
 class Pool(Aggregator):
@@ -222,8 +220,10 @@ class Pool(Aggregator):
     def _contributions(self, values: Tensor, logits: Tensor, bags: BagBatch) -> Tensor:
         """(ΣN, C)."""
         if isinstance(self.pool, Blends):
-            without = self.pool.without_each(values, bags)
-            return _lost(logits, without if self.classify is None else self.classify(without), bags)
+            lost = self.pool.lost_without_each(values, bags)
+            lost = lost if self.classify is None else F.linear(lost, self.classify.weight)
+            alone = (bags.sizes == 1)[bags.bag_index].unsqueeze(1)
+            return torch.where(alone, logits[bags.bag_index], lost)
         selected = self.pool.weights(values, bags) * values
         if self.classify is None:
             return selected
