@@ -275,6 +275,10 @@ def test_options_reach_the_loss():
         Task("ordinal", ("1", "2"), focal_gamma=1.0)
     with pytest.raises(LabelsError, match="loss 'cox' is not for a regression task; expected mse or huber"):
         Task("regression", criterion="cox")
+    with pytest.raises(LabelsError, match="time_bins is for survival with the nll loss, not for survival with cox"):
+        Task("survival").fitted(["1", "2"], TrainConfig(loss="cox", time_bins=8))
+    with pytest.raises(LabelsError, match="survival_alpha is for survival with the nll loss, not for binary"):
+        BINARY.fitted(BINARY.classes, TrainConfig(survival_alpha=0.2))
 
 
 # ---------------------------------------------------------------- what training slides decide
@@ -424,7 +428,8 @@ def test_chances_over_time_are_those_of_the_events_until_then_also_with_ties(los
     rng = np.random.default_rng(0)
     times = rng.integers(1, 6, 300)
     labels = [str(time) for time in times]
-    task = replace(Task("survival"), horizons=(1.0, 2.0, 3.0, 4.0)).fitted(labels, TrainConfig(loss=loss, time_bins=20))
+    config = TrainConfig(loss=loss, **({"time_bins": 20} if loss == "nll" else {}))
+    task = replace(Task("survival"), horizons=(1.0, 2.0, 3.0, 4.0)).fitted(labels, config)
     task = replace(task, horizons=(1.0, 2.0, 3.0, 4.0))
     targets = task.encode(labels)
     if loss == "cox":

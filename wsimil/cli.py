@@ -619,6 +619,8 @@ COMMANDS: dict[str, Command] = {
             _JSON,
         ),
         ("labels", "split", "evaluate"),
+        # predictions are made: of the folds only --group counts
+        ("labels.order", *(f"split.{name}" for name in ("folds", "seed", "site", "test", "val_fraction"))),
     ),
     "heatmap": Command(
         "tile scores to pictures and QuPath polygons",

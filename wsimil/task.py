@@ -184,7 +184,8 @@ class Task:
         """The task as the training slides of a fold define it: scale, intervals, weights of positives, and the loss asked for.
 
         Raises:
-            LabelsError: the loss is not for this task, or there is nothing to learn from: one class alone, or no event.
+            LabelsError: the loss or its settings are not for this task, or there is nothing to learn from: one class alone, or no
+                event.
         """
         chosen = "" if config.loss == "auto" else config.loss
         task = replace(
@@ -194,6 +195,10 @@ class Task:
             label_smoothing=config.label_smoothing,
             alpha=config.survival_alpha,
         )
+        if task.kind != "survival" or task.criterion != "nll":
+            for name in ("time_bins", "survival_alpha"):
+                if getattr(config, name) != getattr(TrainConfig, name):
+                    raise LabelsError(f"{name} is for survival with the nll loss, not for {task.kind} with {task.criterion}")
         if task.kind == "regression":
             values = np.array([float(label) for label in labels])
             if np.ptp(values) <= 1e-12 * np.abs(values).max():  # the deviation of equal numbers is rounding, not always 0

@@ -46,19 +46,20 @@ def leave_one_out(scores: Tensor, tiles: Tensor, bags: BagBatch, head: nn.Module
     others = segment_softmax(scores.to(attention.dtype).scatter(0, top, lowest), bags)
     top_loses = whole - segment_weighted_sum(others, tiles, bags)  # (B, K, H)
 
-    weights = {name: value.detach().double() for name, value in head.state_dict(keep_vars=True).items()}
+    wide = torch.float32 if tiles.device.type == "mps" else torch.float64  # which Apple's GPUs lack
+    weights = {name: value.detach().to(wide) for name, value in head.state_dict(keep_vars=True).items()}
 
     def logits_of(embedding: Tensor) -> Tensor:
         return functional_call(head, weights, (embedding.flatten(1),))
 
-    logits = logits_of(whole.double())  # (B, C)
+    logits = logits_of(whole.to(wide))  # (B, C)
     lost = []
     for start in range(0, len(tiles), CHUNK):
         rows = slice(start, start + CHUNK)
         own, weight = bag[rows], attention[rows].unsqueeze(2)
         loses = weight * (tiles[rows].unsqueeze(1) - whole[own]) / (1 - weight).clamp_min(0.5)  # (n, K, H)
         loses = torch.where(weight > 0.5, top_loses[own], loses)
-        lost.append(logits[own] - logits_of(whole[own].double() - loses.double()))
+        lost.append(logits[own] - logits_of(whole[own].to(wide) - loses.to(wide)))
     alone = (bags.sizes == 1)[bag].unsqueeze(1)  # (ΣN, 1)
     return torch.where(alone, logits[bag], torch.cat(lost)).to(attention.dtype)
 

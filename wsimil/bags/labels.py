@@ -347,10 +347,21 @@ def infer_task(labels: Iterable[str], config: LabelsConfig) -> Task:
     multi-class; numbers with a fraction are regression. Several columns, or cells with `;`, are multi-label.
 
     Raises:
-        LabelsError: fewer than two values, or values that could be several things.
+        LabelsError: fewer than two values, values that could be several things, or a setting that is for another task.
     """
+    task = _task_of(sorted(set(labels) - {""}, key=_natural), config)
+    target = " ".join(config.target if config.time is None else (config.time, config.event or ""))
+    if config.positive is not None and task.kind != "binary":
+        raise LabelsError(
+            f"--positive is for two classes; column {target!r} is {task.kind}, for which it means nothing: leave it out"
+        )
+    if config.order and task.kind != "ordinal":
+        raise LabelsError(f"--order is for grades; column {target!r} is {task.kind}, for which it means nothing: leave it out")
+    return task
+
+
+def _task_of(values: list[str], config: LabelsConfig) -> Task:
     target = " ".join(config.target)
-    values = sorted(set(labels) - {""}, key=_natural)
     if config.time is not None:
         return _survival_task(values)
     if len(config.target) > 1 or config.task == "multilabel" or (config.task == "auto" and _are_facts(values)):
@@ -369,8 +380,6 @@ def infer_task(labels: Iterable[str], config: LabelsConfig) -> Task:
         if len(values) != 2:
             raise LabelsError(f"column {target!r} has {some}, so it is not binary")
         return _binary(values, config)
-    if config.positive is not None:
-        raise LabelsError(f"--positive is for two classes; column {target!r} has {some}")
     if kind == "ordinal":
         return Task("ordinal", _ordered(values, config))
     return Task("multiclass", tuple(values))
