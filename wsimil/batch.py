@@ -185,6 +185,14 @@ class Aggregator(nn.Module):
                 raise AggregatorInputError(f"{type(self).__name__} needs finite coords_um, and a tile_um above 0 for every bag")
         return bags
 
+    def read(self, bags: BagBatch) -> BagBatch:
+        """The batch, checked, with features in the type of the weights: bags are stored in half precision.
+
+        For an aggregator without a `first_layer`, which reads any type.
+        """
+        dtype = next(self.parameters()).dtype
+        return self.check(bags) if bags.features.dtype == dtype else replace(self.check(bags), features=bags.features.to(dtype))
+
 
 @dataclass(frozen=True)
 class LabelledBags:

@@ -275,6 +275,14 @@ def test_half_precision_stays_close_on_a_large_bag(name):
 
 
 @every_aggregator
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_are_taken_in_the_type_they_are_stored_in(name, stored):
+    model, batch = make(name).float(), make_batch(*SIZES).to("cpu", stored)
+    taken, widened = (parts_of(model(bags, explain=True)) for bags in (batch, batch.to("cpu", torch.float32)))
+    assert all(torch.equal(taken[key], widened[key]) for key in widened)
+
+
+@every_aggregator
 def test_half_precision_keeps_what_lies_far_from_zero(name):
     plain = make_batch(40, 3).to("cpu", torch.float32)
     features = (plain.features + 50).half()  # steps of 1/32: in bfloat16 they would be of 1/4

@@ -77,7 +77,7 @@ class ABMILX(Aggregator):
         return scores.squeeze(2).T
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
-        self.check(bags)
+        bags = self.read(bags)
         tiles = self.project(bags.features)  # (ΣN, H)
         scores = torch.cat([self.scores(bag) for bag in tiles.split(bags.sizes.tolist())])  # (ΣN, M)
         weights = segment_softmax(scores, bags).repeat_interleave(tiles.shape[1] // self.heads, 1)  # (ΣN, H)

@@ -63,7 +63,7 @@ class DSMIL(Aggregator):
         self.classify = nn.Linear(n_outputs * dim, n_outputs)
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
-        self.check(bags)
+        bags = self.read(bags)
         with torch.autocast(bags.features.device.type, enabled=False):  # rounded to eight bits, many tiles would be the top one
             scores = self.score(bags.features.to(self.score.weight.dtype))  # (ΣN, C)
         top = segment_argmax(scores, bags)  # (B, C) rows

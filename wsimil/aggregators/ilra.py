@@ -121,7 +121,7 @@ class ILRA(Aggregator):
         return torch.cat([bag for bag, _ in pooled]), torch.cat([scores[:, 0].T for _, scores in pooled])
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
-        self.check(bags)
+        bags = self.read(bags)
         tiles = torch.cat([self.embed(one) for one in bags.features.split(bags.sizes.tolist())])  # (ΣN, H)
         bag, scores = self.pooled(replace(bags, features=tiles))
         return BagOutput(

@@ -204,7 +204,7 @@ class Pool(Aggregator):
             nn.init.constant_(self.score.bias, -7.0)
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
-        self.check(bags)
+        bags = self.read(bags)
         tiles = self.project(bags.features)  # (ΣN, H)
         values = tiles if self.score is None else self.score(tiles)  # (ΣN, H) or (ΣN, C)
         pooled = self.pool(values, bags)  # (B, H) or (B, C)

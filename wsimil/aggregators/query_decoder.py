@@ -111,7 +111,7 @@ class QueryDecoder(Aggregator):
         return self.logits(torch.stack([self.decode(tiles, hold=True)[0] for tiles in bags.features.split(bags.sizes.tolist())]))
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
-        self.check(bags)
+        bags = self.read(bags)
         tiles = self.project(bags.features)  # (ΣN, H)
         decoded = [self.decode(one) for one in tiles.split(bags.sizes.tolist())]
         embedding = torch.stack([one for one, _ in decoded])  # (B, C, H)

@@ -150,7 +150,7 @@ class R2T(Aggregator):
         return self.norm(between + tiles if self.shortcut else between)
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
-        self.check(bags)
+        bags = self.read(bags)
         tiles = torch.cat([self.embed(bag) for bag in self.project(bags.features).split(bags.sizes.tolist())])  # (ΣN, H)
         scores = self.attend(tiles)  # (ΣN, 1)
         attention = segment_softmax(scores, bags)

@@ -71,7 +71,7 @@ class SimpleMIL(Aggregator):
         return [self.permutation[start : start + self.n_features] for start in sorted({*range(0, last, step), last})]
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
-        self.check(bags)
+        bags = self.read(bags)
         tiles = bags.features  # (ΣN, D)
         parts = self.parts()
         if len(parts) == 1:

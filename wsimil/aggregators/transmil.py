@@ -161,7 +161,7 @@ class TransMIL(Aggregator):
         self.classify = nn.Linear(hidden, n_outputs)
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
-        self.check(bags)
+        bags = self.read(bags)
         tiles = self.project(bags.features)  # (ΣN, H)
         embedding, scores = self._read(tiles, bags)
         contributions = None

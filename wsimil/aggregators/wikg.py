@@ -68,7 +68,8 @@ class WiKG(Aggregator):
         self.head, self.tail = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
         self.sum, self.product = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
         self.dropout = nn.Dropout(dropout)
-        self.attend = nn.Sequential(nn.Linear(hidden, hidden // 2), nn.LeakyReLU(), nn.Linear(hidden // 2, 1))
+        narrow = max(1, hidden // 2)
+        self.attend = nn.Sequential(nn.Linear(hidden, narrow), nn.LeakyReLU(), nn.Linear(narrow, 1))
         self.norm, self.classify = nn.LayerNorm(hidden), nn.Linear(hidden, n_outputs)
 
     def neighbourhood(self, heads: Tensor, tails: Tensor, places: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class WiKG(Aggregator):
         return self.norm(segment_sum(segment_softmax(scores, bags) * bags.features, bags)), scores
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
-        self.check(bags)
+        bags = self.read(bags)
         tiles = torch.cat([self.embed(bag) for bag in self.project(bags.features).split(bags.sizes.tolist())])
         tiles = self.dropout(tiles)  # (ΣN, H)
         bag, scores = self.pooled(replace(bags, features=tiles))
