@@ -6,12 +6,14 @@ Ilse, Tomczak, Welling 2018 (arXiv 1802.04712), with and without the gate.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsimil.aggregators.explain import leave_one_out
 from wsimil.aggregators.first_layer import FirstLayer
 from wsimil.aggregators.packed import in_pieces, segment_softmax, segment_weighted_sum
 from wsimil.batch import Aggregator, BagBatch, BagOutput
+from wsimil.errors import ConfigError
 
 __all__ = ["ABMIL", "AttentionScore", "attended"]
 
@@ -19,12 +21,14 @@ __all__ = ["ABMIL", "AttentionScore", "attended"]
 class AttentionScore(nn.Module):
     """e_i = w·(tanh(V h_i) ⊙ σ(U h_i)) + b, or w·tanh(V h_i) + b without the gate: (ΣN, H) → (ΣN, K)."""
 
-    def __init__(self, hidden: int, attention: int, *, heads: int = 1, gated: bool = True, dropout: float = 0.0) -> None:
+    def __init__(
+        self, hidden: int, attention: int, *, heads: int = 1, gated: bool = True, bias: bool = True, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.feature = nn.Linear(hidden, attention)  # V
-        self.gate = nn.Linear(hidden, attention) if gated else None  # U
+        self.feature = nn.Linear(hidden, attention, bias=bias)  # V
+        self.gate = nn.Linear(hidden, attention, bias=bias) if gated else None  # U
         self.dropout = nn.Dropout(dropout)
-        self.score = nn.Linear(attention, heads)  # w
+        self.score = nn.Linear(attention, heads, bias=bias)  # w
 
     def forward(self, tiles: Tensor) -> Tensor:
         features = self.dropout(torch.tanh(self.feature(tiles)))  # (ΣN, L)
@@ -48,7 +52,8 @@ class ABMIL(Aggregator):
     """logits = W Σ_i a_i φ(h_i) + b, a = softmax of the attention score, φ = Linear, ReLU, Dropout.
 
     With the linear classifier the contribution of tile i is exactly a_i (W φ(h_i) + b), and they sum to the logits. A classifier
-    with a hidden layer is no sum over tiles: contributions are then what the logits lose without the tile.
+    with a hidden layer is no sum over tiles: contributions are then what the logits lose without the tile. With K heads the K
+    means are classified side by side, and a head is owed its part of W and b / K.
 
     Args:
         dim: width D of the features.
@@ -56,6 +61,8 @@ class ABMIL(Aggregator):
         hidden: width H of φ.
         attention: width L of the attention network.
         gated: with the sigmoid gate (section 2.4 of the paper).
+        heads: K attentions, of scores of their own.
+        attention_bias: biases in the attention network: the paper's formulas have none, its code has them.
         classifier_hidden: width of a hidden layer in the classifier; without, it is linear, as in the paper.
         dropout: on φ's output, and in a classifier with a hidden layer.
     """
@@ -70,29 +77,35 @@ class ABMIL(Aggregator):
         hidden: int = 256,
         attention: int = 128,
         gated: bool = True,
+        heads: int = 1,
+        attention_bias: bool = True,
         classifier_hidden: int | None = None,
         dropout: float = 0.25,
     ) -> None:
         super().__init__()
+        if heads < 1:
+            raise ConfigError(f"heads = {heads}; expected at least 1")
         self.dim, self.n_outputs = dim, n_outputs
         self.contribution_kind = "exact" if classifier_hidden is None else "leave-one-out"
         self.project = nn.Sequential(FirstLayer(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
-        self.attend = AttentionScore(hidden, attention, gated=gated)
+        self.attend = AttentionScore(hidden, attention, heads=heads, gated=gated, bias=attention_bias)
         if classifier_hidden is None:
-            self.classify = nn.Linear(hidden, n_outputs)
+            self.classify = nn.Linear(heads * hidden, n_outputs)
         else:
-            self.classify = nn.Sequential(
-                nn.Linear(hidden, classifier_hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(classifier_hidden, n_outputs)
-            )
+            last = nn.Linear(classifier_hidden, n_outputs)
+            self.classify = nn.Sequential(nn.Linear(heads * hidden, classifier_hidden), nn.ReLU(), nn.Dropout(dropout), last)
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         self.check(bags)
-        tiles, scores = attended(self.project, self.attend, bags.features)  # (ΣN, H), (ΣN, 1)
-        attention = segment_softmax(scores, bags)  # (ΣN, 1)
-        bag = segment_weighted_sum(attention, tiles, bags).squeeze(1)  # (B, H)
+        tiles, scores = attended(self.project, self.attend, bags.features)  # (ΣN, H), (ΣN, K)
+        attention = segment_softmax(scores, bags)  # (ΣN, K)
+        bag = segment_weighted_sum(attention, tiles, bags).flatten(1)  # (B, K · H)
         contributions = None  # (ΣN, C)
-        if explain and self.contribution_kind == "exact":
-            contributions = attention * self.classify(tiles)
+        if explain and isinstance(self.classify, nn.Linear):
+            per_head = self.classify.weight.reshape(-1, tiles.shape[1])  # (C · K, H)
+            owed = F.linear(tiles, per_head).unflatten(1, (self.n_outputs, -1))  # (ΣN, C, K)
+            owed = owed + (self.classify.bias / scores.shape[1]).unsqueeze(1)
+            contributions = (attention.unsqueeze(1) * owed).sum(2)
         elif explain:
             contributions = leave_one_out(scores, tiles, bags, self.classify)
         return BagOutput(
