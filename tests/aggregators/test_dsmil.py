@@ -95,3 +95,14 @@ def test_weights_with_learned_values_or_of_another_model_are_refused():
         dsmil_from_reference(weights | {"b_classifier.v.1.weight": torch.zeros(24, 24)})
     with pytest.raises(ConfigError, match="not the weights of a DSMIL"):
         dsmil_from_reference({"attention.0.weight": torch.zeros(3)})
+
+
+def test_dropout_is_on_what_learned_values_read_and_nowhere_else():
+    bags = make_bags(9, dim=6)
+    for projected in (False, True):
+        model = DSMIL(6, 1, hidden=4, value_projection=projected, dropout=0.5).double()
+        torch.manual_seed(0)
+        dropped = model.train()(bags)
+        whole = model.eval()(bags)
+        assert torch.equal(dropped.logits, whole.logits) != projected
+        assert torch.equal(dropped.attention_logits, whole.attention_logits)

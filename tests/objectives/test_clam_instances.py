@@ -89,11 +89,10 @@ def test_tiles_of_one_bag_are_never_judged_by_the_attention_of_another():
 @pytest.mark.parametrize("task", [BINARY, TYPES], ids=["binary", "types"])
 def test_slides_and_tiles_share_the_loss_and_every_weight_learns(task):
     torch.manual_seed(0)
-    model = CLAM(6, task.n_outputs, hidden=8, attention=4, branches="multiple").double()
+    model = CLAM(6, task.n_outputs, hidden=8, attention=4, branches="multiple", dropout=0.0).double()
     objective = ClamInstances(SlideLabel(task), 8, share=0.3).double()
     bags = make_bags(3, 20, 9, dim=6)
     batch = LabelledBags(bags, task.encode([task.classes[index % len(task.classes)] for index in range(3)]))
-    model.eval()
     losses = objective.losses(model, batch, 0.0)
     assert losses.keys() == {"bag", "tiles"}
     torch.testing.assert_close(losses["bag"], 0.7 * SlideLabel(task).losses(model, batch, 0.0)["bag"])
@@ -101,11 +100,13 @@ def test_slides_and_tiles_share_the_loss_and_every_weight_learns(task):
     torch.stack(list(losses.values())).sum().backward()
     for name, parameter in [*model.named_parameters(), *objective.named_parameters()]:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    judged = objective.losses(model.eval(), batch, 0.0)  # validation asks no judge of tiles
+    assert judged.keys() == {"bag"} and judged["bag"] == SlideLabel(task).losses(model, batch, 0.0)["bag"]
 
 
 def test_weights_of_slides_count_for_their_tiles():
     torch.manual_seed(0)
-    model, objective = CLAM(6, 3, hidden=8, attention=4).double().eval(), ClamInstances(SlideLabel(TYPES), 8).double()
+    model, objective = CLAM(6, 3, hidden=8, attention=4, dropout=0.0).double(), ClamInstances(SlideLabel(TYPES), 8).double()
     batch = LabelledBags(make_bags(3, 20, dim=6), torch.tensor([0, 2]), torch.tensor([2.0, 0.0]).double())
     first = replace(batch, bags=batch.bags.bag(0), targets=batch.targets[:1], weights=None)
     torch.testing.assert_close(

@@ -132,9 +132,7 @@ def test_glass_is_judged_before_normalisation():
     assert readings == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("mean", "std"), [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
-)
+@pytest.mark.parametrize(("mean", "std"), [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
 def test_glass_of_any_tint_is_glass_and_faint_tissue_is_not(mean, std):
     """A patch of one colour is flat however its channels were normalised; one channel that varies is tissue."""
     images = torch.ones(4, 3, 32, 32) + 0.005 * torch.randn(4, 3, 32, 32)

@@ -19,7 +19,7 @@ from wsimil.aggregators.standardized import Standardized
 from wsimil.batch import BagBatch, BagOutput, LabelledBags
 from wsimil.errors import ConfigError
 from wsimil.objectives import ClamInstances, MaskedHardInstances, SlideLabel
-from wsimil.objectives.mhim import hide_high, hide_low
+from wsimil.objectives.mhim import hide
 from wsimil.task import Task
 
 GOLDEN = Path(__file__).parents[1] / "aggregators" / "golden" / "mhim.npz"
@@ -52,7 +52,7 @@ def test_what_is_hidden_is_what_the_authors_code_hides(case):
     golden = np.load(GOLDEN)
     n_tiles, ratio, among = golden[f"{case}/case"].tolist()
     attention = torch.as_tensor(golden["attention"])[: int(n_tiles)]
-    hidden = hide_high(attention, ratio, among=among, generator=seeded(case))
+    hidden = hide(attention, ratio, among=among, generator=seeded(case))
     assert hidden.sort().values.tolist() == golden[f"{case}/hidden"].tolist()
 
 
@@ -68,7 +68,7 @@ def test_the_agreement_is_the_authors():
 @pytest.mark.parametrize(("ratio", "among"), [(0.0, 0.5), (0.03, 0.5), (0.1, 1.0), (0.6, 0.2)])
 def test_hidden_high_tiles_are_among_the_highest_and_counted_exactly(n_tiles, ratio, among):
     attention = torch.rand(n_tiles, generator=seeded(n_tiles))
-    hidden = hide_high(attention, ratio, among=among, generator=seeded(1))
+    hidden = hide(attention, ratio, among=among, generator=seeded(1))
     share, part = (ratio / among, among) if ratio <= among else (1.0, ratio)
     n_highest = math.ceil(n_tiles * share)
     assert len(hidden) == len(hidden.unique()) == math.ceil(n_highest * part)
@@ -77,16 +77,42 @@ def test_hidden_high_tiles_are_among_the_highest_and_counted_exactly(n_tiles, ra
 
 def test_which_of_the_highest_are_hidden_is_chance():
     attention = torch.rand(1000, generator=seeded(0))
-    drawn = [set(hide_high(attention, 0.03, among=0.5, generator=seeded(seed)).tolist()) for seed in range(40)]
+    drawn = [set(hide(attention, 0.03, among=0.5, generator=seeded(seed)).tolist()) for seed in range(40)]
     assert len(set.union(*drawn)) == 60 and max(len(a & b) for a in drawn[:5] for b in drawn[5:]) < 30
 
 
-@pytest.mark.parametrize(("n_highest", "ratio", "count"), [(10, 0.2, 20), (10, 0.0, 0), (90, 0.2, 10), (100, 0.5, 0)])
-def test_low_tiles_are_hidden_from_the_rest_alone(n_highest, ratio, count):
-    attention = torch.rand(100, generator=seeded(0))
-    hidden = hide_low(attention, n_highest, ratio, generator=seeded(1))
-    assert len(hidden) == len(hidden.unique()) == count
-    assert not set(hidden.tolist()) & set(attention.argsort(descending=True)[:n_highest].tolist())
+@pytest.mark.parametrize("case", range(6))
+def test_masks_together_are_those_of_the_authors_code(case, monkeypatch):
+    golden = np.load(GOLDEN)
+    n_tiles, random, low, high, among = golden[f"masks/{case}/case"].tolist()
+    objective = MaskedHardInstances(SlideLabel(BINARY), high=high, among=among, low=low, random=random)
+    attention = torch.as_tensor(golden["attention"])[: int(n_tiles)].log().unsqueeze(1)
+    bags = make_bags(int(n_tiles), dim=6)
+    monkeypatch.setattr("wsimil.objectives.mhim.zlib.crc32", lambda text: case)  # the authors' coin
+    kept = objective.kept(BagOutput(torch.zeros(1, 1), attention_logits=attention), bags, 0.0)
+    assert (~kept).nonzero()[:, 0].tolist() == golden[f"masks/{case}/hidden"].tolist()
+
+
+@pytest.mark.parametrize(("low", "n_hidden"), [(0.0, 0), (0.2, 20), (0.005, 1), (1.0, 99)])
+def test_low_tiles_are_the_lowest(low, n_hidden):
+    objective, model = make(high=0.0, low=low)
+    bags = labelled(100).bags
+    output = model(bags)
+    hidden = (~objective.kept(output, bags, 0.0)).nonzero()[:, 0]
+    assert output.attention_logits is not None
+    lowest = output.attention_logits[:, 0].argsort().tolist()
+    assert set(hidden.tolist()) == set(lowest[1:] if low == 1 else lowest[:n_hidden])  # where none would stay, the lowest does
+
+
+def test_random_tiles_are_any():
+    objective, model = make(high=0.0, random=0.3)
+    bags, times = labelled(100).bags, torch.zeros(100)
+    for step in range(200):
+        objective.step.fill_(step)
+        hidden = ~objective.kept(model(bags), bags, 0.0)
+        assert hidden.sum() == 30
+        times += hidden
+    assert times.min() > 30 and times.max() < 90  # 60 expected, deviation 6.5
 
 
 @pytest.mark.parametrize(("progress", "hidden"), [(0.0, 20), (0.5, 10), (1.0, 0)])
@@ -97,14 +123,14 @@ def test_the_share_of_hidden_high_tiles_falls_along_half_a_cosine(progress, hidd
 
 
 def test_at_least_one_tile_of_a_bag_stays():
-    objective, model = make(high=1.0, among=1.0, low=1.0)
+    objective, model = make(high=1.0, among=1.0, low=1.0, random=1.0)
     bags = labelled(1, 2, 9).bags
     kept = objective.kept(model(bags), bags, 0.0)
     assert [int(part.sum()) for part in kept.split([1, 2, 9])] == [1, 1, 1]
 
 
 def test_what_is_hidden_depends_on_neither_batch_mates_nor_their_order():
-    objective, model = make(high=0.2, low=0.2)
+    objective, model = make(high=0.2, low=0.1, random=0.1)
     bags = labelled(30, 50, 20).bags
     together = objective.kept(model(bags), bags, 0.0).split([30, 50, 20])
     for index in range(3):
@@ -215,7 +241,9 @@ def test_a_model_without_attention_is_refused():
         objective.losses(model, labelled(3, 4), 0.0)
 
 
-@pytest.mark.parametrize("option", [{"high": 1.5}, {"low": -0.1}, {"among": 0.0}, {"temperature": 0.0}, {"momentum": 2.0}])
+@pytest.mark.parametrize(
+    "option", [{"high": 1.5}, {"low": -0.1}, {"random": 1.1}, {"among": 0.0}, {"temperature": 0.0}, {"momentum": 2.0}]
+)
 def test_options_out_of_range_are_refused(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
         MaskedHardInstances(SlideLabel(BINARY), **option)

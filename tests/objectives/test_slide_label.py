@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
+from wsimil.aggregators import AGGREGATORS, make_aggregator
 from wsimil.batch import BagBatch, BagOutput, ExtraLogits, LabelledBags
 from wsimil.objectives import SlideLabel
 from wsimil.task import Task
@@ -43,3 +45,17 @@ def test_a_slide_counts_once_however_few_pseudo_bags_it_has() -> None:
         for bag in (0, 1)
     ]
     torch.testing.assert_close(whole, torch.stack(parts).mean())
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_validation_judges_what_is_predicted_with_and_nothing_else(name) -> None:
+    torch.manual_seed(0)
+    model = make_aggregator(name, 6, 1, hidden=16)
+    place = torch.arange(12)
+    places = 112.0 * torch.stack([place % 4, place // 4], 1).float()
+    bags = BagBatch(torch.randn(12, 6), torch.tensor([0, 5, 12]), coords_um=places, tile_um=torch.full((2,), 112.0))
+    batch = LabelledBags(bags, TASK.encode(["0", "1"]))
+    learned = SlideLabel(TASK, bag_weight=0.5).losses(model.train(), batch, 0.0)
+    assert (len(learned) > 1) == (name in ("dsmil", "dsmil_linear", "dtfd", "acmil"))
+    judged = SlideLabel(TASK, bag_weight=0.5).losses(model.eval(), batch, 0.0)
+    assert judged == {"bag": TASK.loss(model(bags).logits, batch.targets)}

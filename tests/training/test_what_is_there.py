@@ -75,7 +75,7 @@ def test_folds_are_not_written_over_the_labels_they_are_of(toy, tmp_path, capsys
     ("changes", "said"),
     [
         ({}, "fold 0"),
-        ({"aggregator_options": ("heads=3",)}, "heads"),
+        ({"aggregator_options": ("layers=3",)}, "layers"),
         ({"objective": "clam"}, "objective"),
         ({"stack": "on", "aggregator": "transmil"}, "--stack on"),
     ],

@@ -7,7 +7,7 @@ features as they are; Self-ViT-MIL (Gul 2022, arXiv 2210.09021) has a linear que
   the factor that both share.
 - The slide's logits are the pooled ones alone, as in the authors' training; `tile_logits` has the others for who wants the mean.
 - No projection comes first: features go in as they are, and D decides the size of the model.
-- Dropout acts on the values: in the authors' code and in Self-ViT-MIL that is its one place.
+- Dropout acts on learned values, as in both codes; where the features are pooled as they are nothing is dropped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DSMIL(Aggregator):
         hidden: width Q of the query.
         nonlinear_query: q = Linear, ReLU, Linear, Tanh; a Linear without.
         value_projection: v = Linear; the features themselves without.
-        dropout: on the values.
+        dropout: on the features that `value_projection` reads; without it there is none.
     """
 
     attends_per_output = True
@@ -59,7 +59,7 @@ class DSMIL(Aggregator):
             self.query = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.Tanh())
         else:
             self.query = nn.Linear(dim, hidden)
-        self.value = nn.Sequential(nn.Dropout(dropout), nn.Linear(dim, dim) if value_projection else nn.Identity())
+        self.value = nn.Sequential(nn.Dropout(dropout), nn.Linear(dim, dim)) if value_projection else nn.Identity()
         self.classify = nn.Linear(n_outputs * dim, n_outputs)
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:

@@ -75,6 +75,8 @@ class ClamInstances(Wrapping):
         return self.inner
 
     def losses(self, model: nn.Module, batch: LabelledBags, progress: float) -> dict[str, Tensor]:
+        if not model.training:  # predictions do not ask the judges
+            return self.slide_label.losses(model, batch, progress)
         output = model(batch.bags)
         several = output.attention_logits is not None and output.attention_logits.shape[1] > 1
         if several and not getattr(model, "attends_per_output", False):

@@ -1,15 +1,16 @@
 """Masked hard instances: a teacher hides the tiles it finds easiest, the student learns from what is left.
 
 Tang et al. 2023 (MHIM-MIL, arXiv 2307.15254). The teacher is a moving average of the student and ranks the tiles of each bag by
-its attention; of the highest some are hidden, their share falling to nothing along half a cosine, and of the rest a random part.
-The student learns the labels, and that its embedding of the bag is the teacher's, which sees all tiles.
+its attention; of the highest some are hidden, their share falling to nothing along half a cosine, and if asked for the lowest and
+a random part of all. The student learns the labels, and that its embedding of the bag is the teacher's, which sees all tiles.
 
 - Around any other objective, over any model with `attention_logits`; several heads are ranked by the mean of their attention.
 - At least one tile of a bag stays. Nothing is hidden outside of training: validation is the plain loss.
 - What is hidden depends on seed, step and slide alone, not on the other slides of the batch.
 - The authors start from a teacher trained before. Ours starts as the student does, and its momentum rises with the steps
   up to the given one: else it would stay near its random start for longer than most trainings last.
-- Not here: the recycling of hidden tiles of the later version (MHIM-v2).
+- The authors' teacher drops out as the student does, which leaves what is hidden half to chance while it is young. Ours does not.
+- Not here: what the later version adds (MHIM-v2): recycling of hidden tiles, ranking by class activation, a rising momentum.
 """
 
 from __future__ import annotations
@@ -29,27 +30,20 @@ from wsimil.config import Range
 from wsimil.errors import ConfigError
 from wsimil.objectives.wrapping import Wrapping, listening
 
-__all__ = ["MaskedHardInstances", "hide_high", "hide_low"]
+__all__ = ["MaskedHardInstances", "hide"]
 
 
-def hide_high(attention: Tensor, ratio: float, *, among: float = 1.0, generator: torch.Generator) -> Tensor:
+def hide(attention: Tensor, ratio: float, *, among: float = 1.0, largest: bool = True, generator: torch.Generator) -> Tensor:
     """Rows of about ratio · N tiles of one bag's attention (N,): of the ⌈ratio / among · N⌉ = k highest, ⌈among · k⌉ at random.
 
-    Where ratio > among, k is N and a part `ratio` of them is taken.
+    Where ratio > among, k is N and a part `ratio` of them is taken. Not `largest`: of the k lowest.
     """
     share, part = (ratio / among, among) if ratio <= among else (1.0, ratio)
-    highest = attention.topk(math.ceil(len(attention) * share)).indices
+    chosen = attention.topk(math.ceil(len(attention) * share), largest=largest).indices
     if part < 1:
-        order = torch.randperm(len(highest), generator=generator).to(highest.device)
-        highest = highest[order[: math.ceil(len(highest) * part)]]
-    return highest
-
-
-def hide_low(attention: Tensor, n_highest: int, ratio: float, *, generator: torch.Generator) -> Tensor:
-    """⌊ratio N⌋ random rows of one bag's attention (N,), none of them among the `n_highest`; fewer where none are left."""
-    rest = attention.topk(len(attention) - n_highest, largest=False).indices
-    order = torch.randperm(len(rest), generator=generator).to(rest.device)
-    return rest[order[: math.floor(len(attention) * ratio)]]
+        order = torch.randperm(len(chosen), generator=generator).to(chosen.device)
+        chosen = chosen[order[: math.ceil(len(chosen) * part)]]
+    return chosen
 
 
 class MaskedHardInstances(Wrapping):
@@ -59,7 +53,8 @@ class MaskedHardInstances(Wrapping):
         inner: any objective that calls the model; its output is listened to.
         high: share of the tiles hidden at the start, from those with the highest attention.
         among: these are a random part `among` of a correspondingly larger share of highest tiles; 1 takes the very highest.
-        low: share of the tiles hidden at random from the rest.
+        low: share of the tiles hidden, those with the lowest attention.
+        random: share of the tiles hidden at random, whatever their attention.
         consistency: weight of the agreement with the teacher.
         temperature: of the teacher's embedding, taken as a distribution over its dimensions; the student's is 1.
         momentum: of the moving average; in its first steps (1 + step) / (10 + step), where that is less.
@@ -75,18 +70,19 @@ class MaskedHardInstances(Wrapping):
         high: float = 0.03,
         among: float = 0.5,
         low: float = 0.0,
+        random: float = 0.0,
         consistency: Annotated[float, Range(0)] = 0.1,
         temperature: float = 0.1,
         momentum: float = 0.9999,
         seed: int = 0,
     ) -> None:
         super().__init__(inner)
-        for name, value in (("high", high), ("among", among), ("low", low), ("momentum", momentum)):
+        for name, value in (("high", high), ("among", among), ("low", low), ("random", random), ("momentum", momentum)):
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name} = {value}; expected a number between 0 and 1")
         if not among or temperature <= 0:
             raise ConfigError(f"among = {among} and temperature = {temperature} must be positive")
-        self.high, self.among, self.low = high, among, low
+        self.high, self.among, self.low, self.random = high, among, low, random
         self.consistency, self.temperature, self.momentum, self.seed = consistency, temperature, momentum, seed
         self.register_buffer("step", torch.tensor(0))
         self.teacher: nn.Module = nn.Identity()
@@ -126,10 +122,12 @@ class MaskedHardInstances(Wrapping):
             name = bags.slide_ids[index] if bags.slide_ids else str(index)
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {int(self.step)} {name}".encode()))
             attention = taught.attention_logits[start:end].float().softmax(0).mean(1)  # (N,)
-            high = hide_high(attention, ratio, among=self.among, generator=generator)
-            n_highest = math.ceil(len(attention) * min(1.0, ratio / self.among))
-            hidden = torch.cat([high, hide_low(attention, n_highest, self.low, generator=generator)])
-            kept[start + hidden[: end - start - 1]] = False  # one stays
+            seen = kept[start:end]
+            if self.random:
+                seen[hide(attention, self.random, among=self.random, largest=False, generator=generator)] = False
+            seen[hide(attention, self.low, largest=False, generator=generator)] = False
+            seen[hide(attention, ratio, among=self.among, generator=generator)] = False
+            seen |= ~seen.any() & torch.zeros_like(seen).scatter(0, attention.argmin(0, keepdim=True), True)  # one stays
         return kept
 
     def _disagreement(self, output: BagOutput, taught: BagOutput, weights: Tensor | None) -> Tensor:

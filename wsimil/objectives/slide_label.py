@@ -19,6 +19,8 @@ __all__ = ["SlideLabel"]
 class SlideLabel(Objective):
     """Loss of the bag's logits, of `extra_logits` at their weights, and the aggregator's own penalties.
 
+    A model in eval mode is judged by the bag's logits alone, which are what it predicts with: the rest is there to teach.
+
     Where the loss compares slides (Cox), those of earlier steps take part, unless each step is a set at risk of its own (nested
     case-control sampling, Thomas 1977): see `RiskBank`.
 
@@ -52,12 +54,12 @@ class SlideLabel(Objective):
             self.bank.refer_to(*map(torch.cat, zip(*said, strict=True)))
 
     def losses(self, model: nn.Module, batch: LabelledBags, progress: float) -> dict[str, Tensor]:
-        return self.losses_of(model(batch.bags), batch)
+        output = model(batch.bags)
+        return self.losses_of(output, batch) if model.training else {"bag": self._loss_of_bags(output, batch)}
 
     def losses_of(self, output: BagOutput, batch: LabelledBags) -> dict[str, Tensor]:
-        """The same from an output that is there already: for objectives that wrap this one."""
-        every = torch.arange(len(batch.targets), device=batch.targets.device)
-        parts = [("bag", self.bag_weight * self._loss(output.logits, batch, every))]
+        """Those of training from an output that is there already: for objectives that wrap this one."""
+        parts = [("bag", self.bag_weight * self._loss_of_bags(output, batch))]
         for extra in output.extra_logits:
             weight = self.extra_weight * extra.weight
             parts.append((extra.name, weight * self._loss(extra.logits, batch, extra.bag_index)))
@@ -67,6 +69,9 @@ class SlideLabel(Objective):
         for name, loss in (*parts, *output.penalties.items()):
             losses[name] = losses[name] + loss if name in losses else loss  # branches may share a name; none is lost
         return losses
+
+    def _loss_of_bags(self, output: BagOutput, batch: LabelledBags) -> Tensor:
+        return self._loss(output.logits, batch, torch.arange(len(batch.targets), device=batch.targets.device))
 
     def _loss(self, logits: Tensor, batch: LabelledBags, rows: Tensor) -> Tensor:
         """Of logits (M, C), each of which answers to the bag in `rows` (M,)."""

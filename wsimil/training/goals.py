@@ -52,7 +52,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         MaskedHardInstances,
         "a teacher hides the tiles it finds easiest; needs attention and a bag embedding",
         "Tang 2023, arXiv 2307.15254",
-        "verified: what is hidden and the loss; our teacher starts with the student",
+        "verified: what is hidden and the loss; our teacher starts with the student, and drops nothing out",
         settings=("seed",),
     ),
     "attention_entropy": ObjectiveEntry(
