@@ -48,6 +48,22 @@ def test_packing_batches_is_packing_their_bags():
     assert_equal(pack([pack(bags[:2]), bags[2]]), pack(bags))
 
 
+def test_the_numbers_of_the_offsets_are_read_once_and_go_along(monkeypatch):
+    batch = pack([make_bag(size) for size in (2, 1, 3)])
+    monkeypatch.setattr(Tensor, "tolist", lambda self: pytest.fail("read off the device again"))
+    moved = replace(batch, features=batch.features + 1).to("cpu", torch.float16)
+    for bags in (batch, moved, pack([moved, moved.bag(2)])):
+        assert bags.bounds == [0, 2, 3, 6, *([9] if len(bags) == 4 else [])]
+        assert bags.lengths == [2, 1, 3, *([3] if len(bags) == 4 else [])]
+        assert bags.checked() is bags
+
+
+def test_offsets_of_others_are_read_too():
+    bags = BagBatch(torch.zeros(5, 2), torch.tensor([0, 2, 5]))
+    assert bags.bounds == [0, 2, 5] and bags.lengths == [2, 3]
+    assert replace(bags, offsets=torch.tensor([0, 5])).lengths == [5]
+
+
 def test_coordinates_travel_only_if_every_bag_has_them():
     bags = [make_bag(2), replace(make_bag(3), coords_um=None), replace(make_bag(1), tile_um=None)]
     assert pack(bags[:1]).coords_um is not None

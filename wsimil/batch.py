@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,13 +27,20 @@ __all__ = [
     "ExtraLogits",
     "LabelledBags",
     "Objective",
+    "offsets_of",
     "pack",
 ]
+
+_KNOWN = "_wsimil_bounds"
+"""Under this name a tensor of offsets holds its own numbers: wherever it goes with other features, they go with it."""
 
 
 @dataclass(frozen=True)
 class BagBatch:
-    """B bags, packed. Every bag holds at least one instance: `checked` makes sure."""
+    """B bags, packed. Every bag holds at least one instance: `checked` makes sure.
+
+    `offsets` are not to be changed in place: their numbers are read off the device once.
+    """
 
     features: Tensor  # (ΣN, D)
     offsets: Tensor  # (B + 1,) int64, on the device of the features
@@ -42,6 +50,20 @@ class BagBatch:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def bounds(self) -> list[int]:
+        """The offsets as numbers: a GPU that is asked for them in every layer waits every time."""
+        known = getattr(self.offsets, _KNOWN, None)
+        if known is None:
+            known = self.offsets.tolist()
+            setattr(self.offsets, _KNOWN, known)
+        return known
+
+    @property
+    def lengths(self) -> list[int]:
+        """Instances in each bag, as numbers."""
+        return [end - start for start, end in pairwise(self.bounds)]
 
     @property
     def sizes(self) -> Tensor:
@@ -58,10 +80,10 @@ class BagBatch:
         """Itself, if aggregators can use it; an `AggregatorInputError` that names the bag otherwise."""
         if self.features.ndim != 2:
             raise AggregatorInputError(f"features have shape {tuple(self.features.shape)}; expected (ΣN, D)")
-        if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != len(self.features):
+        first, last = self.bounds[0], self.bounds[-1]
+        if first != 0 or last != len(self.features):
             raise AggregatorInputError(
-                f"offsets run from {int(self.offsets[0])} to {int(self.offsets[-1])}; "
-                f"expected 0 to {len(self.features)}, the number of instances"
+                f"offsets run from {first} to {last}; expected 0 to {len(self.features)}, the number of instances"
             )
         for name, part, expected in (
             ("coords_um", self.coords_um, (len(self.features), 2)),
@@ -73,18 +95,19 @@ class BagBatch:
             raise AggregatorInputError(f"{len(self.slide_ids)} slide_ids for {len(self)} bags")
         if not len(self):
             raise AggregatorInputError("a batch of no bags; leave it out")
-        if int(self.sizes.min()) < 1:
-            bag = int(self.sizes.argmin())
+        lengths = self.lengths
+        if min(lengths) < 1:
+            bag = lengths.index(min(lengths))
             name = self.slide_ids[bag] if self.slide_ids else f"bag {bag}"
             raise AggregatorInputError(f"{name}: the bag is empty; leave slides without tiles out of the batch")
         return self
 
     def bag(self, index: int) -> BagBatch:
         """One bag as a batch of its own."""
-        rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        rows = slice(self.bounds[index], self.bounds[index + 1])
         return BagBatch(
             features=self.features[rows],
-            offsets=self.offsets.new_tensor([0, rows.stop - rows.start]),
+            offsets=offsets_of([rows.stop - rows.start], self.offsets.device),
             coords_um=None if self.coords_um is None else self.coords_um[rows],
             tile_um=None if self.tile_um is None else self.tile_um[index : index + 1],
             slide_ids=self.slide_ids[index : index + 1],
@@ -94,11 +117,19 @@ class BagBatch:
         """Move to a device; `dtype` is that of the features (coordinates stay float32 or finer)."""
         return replace(
             self,
-            features=self.features.to(device, dtype),
-            offsets=self.offsets.to(device),
+            features=self.features.to(device).to(dtype or self.features.dtype),  # half as much to send, where it is widened
+            offsets=offsets_of(self.lengths, device),
             coords_um=None if self.coords_um is None else self.coords_um.to(device),
             tile_um=None if self.tile_um is None else self.tile_um.to(device),
         )
+
+
+def offsets_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Offsets (B + 1,) of bags of so many instances."""
+    bounds = [0, *accumulate(lengths)]
+    offsets = torch.tensor(bounds, device=device)
+    setattr(offsets, _KNOWN, bounds)
+    return offsets
 
 
 def pack(bags: Sequence[BagBatch]) -> BagBatch:
@@ -108,12 +139,11 @@ def pack(bags: Sequence[BagBatch]) -> BagBatch:
     widths = {bag.features.shape[1] for bag in bags}
     if len(widths) > 1:
         raise AggregatorInputError(f"bags of different feature width {sorted(widths)}; they come from different encoders")
-    sizes = torch.cat([bag.sizes for bag in bags])
     coords_um = [bag.coords_um for bag in bags if bag.coords_um is not None]
     tile_um = [bag.tile_um for bag in bags if bag.tile_um is not None]
     return BagBatch(
         features=torch.cat([bag.features for bag in bags]),
-        offsets=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
+        offsets=offsets_of([length for bag in bags for length in bag.lengths], bags[0].offsets.device),
         coords_um=torch.cat(coords_um) if len(coords_um) == len(bags) else None,
         tile_um=torch.cat(tile_um) if len(tile_um) == len(bags) else None,
         slide_ids=tuple(name for bag in bags for name in bag.slide_ids),

@@ -114,7 +114,7 @@ def predict(
                 key = _key(bag_folder, filled, models, name=name)
                 kept = _kept_logits(Path(out), filled, key)
                 n_left += kept is not None
-                said = kept or _predict_one(bag_folder, filled, models, run.task, device, Path(out), name=name, key=key)
+                said = kept or _predict_one(bag_folder, filled, models, run.task, device, Path(out), say, name=name, key=key)
                 ending = {"status": "done"}
         except BagFormatError as error:
             ending = _failed(error)
@@ -406,7 +406,16 @@ def _groups(bags: BagFolder, run: _Run, config: PredictConfig, say: Callable[[st
 
 
 def _predict_one(
-    bags: BagFolder, slide_ids: list[str], models: list[TrainedModel], task: Task, device: str, out: Path, *, name: str, key: str
+    bags: BagFolder,
+    slide_ids: list[str],
+    models: list[TrainedModel],
+    task: Task,
+    device: str,
+    out: Path,
+    say: Callable[[str], None],
+    *,
+    name: str,
+    key: str,
 ) -> list[np.ndarray]:
     """Predict slides as one bag of this name; write their tile scores, the mean over models; return each model's logits (1, C).
 
@@ -414,11 +423,15 @@ def _predict_one(
         BagFormatError: a bag that cannot be read, or whose name cannot be written.
         OSError: the scores cannot be written.
     """
-    batch = _one_bag([_loaded(bags, slide_id) for slide_id in slide_ids]).to(device)
-    with torch.inference_mode():
-        outputs = [model.model(batch, explain=True) for model in models]
+    batch = _one_bag([_loaded(bags, slide_id) for slide_id in slide_ids])
+    try:
+        outputs = _outputs(batch, models, device)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        say(f"{name}: {len(batch.features)} tiles are too many for the memory of {device}; predicted on the CPU")
+        outputs = _outputs(batch, models, "cpu")
     scores = _tile_scores(outputs, models, batch, task)
-    logits = [output.logits.float().cpu().numpy() for output in outputs]
+    logits = [output.logits.float().numpy() for output in outputs]
     said = {"bag": name, "prediction_key": key, "logits": np.concatenate(logits)}  # (models, C)
     start = 0
     for slide_id in slide_ids:
@@ -430,9 +443,21 @@ def _predict_one(
     return logits
 
 
+def _outputs(batch: BagBatch, models: list[TrainedModel], device: str) -> list[BagOutput]:
+    """What each model says, on the CPU: many models' outputs for a large bag would fill a GPU."""
+    batch, outputs = batch.to(device), []
+    with torch.inference_mode():
+        for model in models:
+            said = model.model.to(device)(batch, explain=True)
+            wanted = said.attention_logits, said.tile_logits, said.contributions
+            attention, tiles, contributions = (None if part is None else part.cpu() for part in wanted)
+            outputs.append(BagOutput(said.logits.cpu(), attention_logits=attention, tile_logits=tiles, contributions=contributions))
+    return outputs
+
+
 def _loaded(bags: BagFolder, slide_id: str) -> BagBatch:
     try:
-        return bags.load(slide_id)
+        return bags.load(slide_id, half=True)
     except OSError as error:  # the slide's, as a damaged file is; not that of where scores are written
         raise BagFormatError(f"{bags.headers[slide_id].path}: cannot be read ({error.strerror or error})") from error
 
@@ -499,9 +524,9 @@ def _tile_scores(outputs: list[BagOutput], models: list[TrainedModel], batch: Ba
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     for output, model in zip(outputs, models, strict=True):
         if output.attention_logits is not None:
-            parts["attention"].append(segment_softmax(output.attention_logits, batch).cpu().numpy())
+            parts["attention"].append(segment_softmax(output.attention_logits, batch).numpy())
         if output.tile_logits is not None:
-            logits = output.tile_logits.float().cpu().numpy()
+            logits = output.tile_logits.float().numpy()
             if task.has_values:
                 parts["tile_value"].append(model.task.values(logits)[:, None])
             elif task.kind == "survival":
@@ -510,7 +535,7 @@ def _tile_scores(outputs: list[BagOutput], models: list[TrainedModel], batch: Ba
                 parts["tile_prob"].append(task.map_columns(task.output_probabilities(logits)))
         if output.contributions is not None:
             unit = model.task.scale if task.kind in ("regression", "survival") else 1.0  # folds have scales of their own
-            parts["contributions"].append(unit * task.map_columns(output.contributions.float().cpu().numpy()))
+            parts["contributions"].append(unit * task.map_columns(output.contributions.float().numpy()))
     return {name: np.mean(values, axis=0).astype(np.float32) for name, values in parts.items()}
 
 

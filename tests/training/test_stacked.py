@@ -216,17 +216,24 @@ def test_what_cannot_be_stacked_says_why(toy, tmp_path, changes):
         train(toy, toy / "labels.csv", tmp_path, settings=Settings(split=SplitConfig(folds=2), train=config))
 
 
-def test_where_a_stack_would_be_worth_it_the_reason_against_is_said():
+def test_where_a_stack_would_be_worth_it_the_reason_against_is_said(monkeypatch):
     """On a GPU, with several models: elsewhere nobody expects a stack."""
-    plans: Any = [SimpleNamespace(task=TASK)] * 3
-    for aggregator, device, some, stacked, expected in (
-        ("gated_abmil", "cuda:0", plans, True, []),
-        ("transmil", "cuda:0", plans, False, ["models are trained one after the other: transmil is none of abmil, "]),
-        ("transmil", "cuda:0", plans[:1], False, []),
-        ("transmil", "cpu", plans, False, []),
+    plans: Any = [SimpleNamespace(task=TASK, ids={"train": ["a", "b"]})] * 3
+    bags: Any = SimpleNamespace(n_valid={"a": 100, "b": 100_000}.get)
+    monkeypatch.setattr("wsimil.training.run.free_bytes", lambda device: 2 * 10**9)
+    too_large = "models are trained one after the other: 3 in a stack need about 5 GB for the largest bag"
+    for aggregator, device, some, changes, stacked, expected in (
+        ("gated_abmil", "cuda:0", plans, {"hidden": 64}, True, []),
+        ("gated_abmil", "cuda:0", plans, {"hidden": 512}, False, [too_large]),
+        ("gated_abmil", "cuda:0", plans, {"hidden": 512, "tiles_per_bag": 1000}, True, []),
+        ("gated_abmil", "cuda:0", plans, {"hidden": 512, "stack": "on"}, True, []),
+        ("transmil", "cuda:0", plans, {}, False, ["models are trained one after the other: transmil is none of abmil, "]),
+        ("transmil", "cuda:0", plans[:1], {}, False, []),
+        ("transmil", "cpu", plans, {}, False, []),
     ):
         said: list[str] = []
-        assert _are_stacked(some, TrainConfig(aggregator=aggregator), device, said.append) == stacked
+        config = TrainConfig(aggregator=aggregator, **changes)
+        assert _are_stacked(some, bags, config, device, said.append) == stacked
         assert [line[: len(text)] for line, text in zip(said, expected, strict=True)] == expected
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from wsimil.cli import main
 from wsimil.config import Settings, SplitConfig, TrainConfig
@@ -167,3 +168,12 @@ def test_a_damaged_checkpoint_is_named_and_may_be_deleted(toy, tmp_path, monkeyp
         trained(toy, tmp_path, stack=stack)
     (tmp_path / name).unlink()
     assert sum("epoch 0 of 1" in line for line in trained(toy, tmp_path, stack=stack)) == 2
+
+
+def test_a_step_that_is_too_large_for_the_memory_is_said_with_ways_out(toy, tmp_path, monkeypatch):
+    def too_large(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has …")
+
+    monkeypatch.setattr("wsimil.training.loop.Loop.training_step", too_large)
+    with pytest.raises(UsageError, match=r"memory of cpu does not suffice .*gated_abmil \(CUDA out of memory\): --tiles-per-bag"):
+        trained(toy, tmp_path)

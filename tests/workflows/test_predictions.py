@@ -27,7 +27,7 @@ from wsimil.evaluation import evaluate_predictions
 from wsimil.evaluation.table import mean_over_folds, read_predictions
 from wsimil.files import atomic_path
 from wsimil.hdf5 import read_attributes
-from wsimil.prediction import _decoded, _predict_one, predict
+from wsimil.prediction import _decoded, _outputs, _predict_one, predict
 from wsimil.task import Task
 from wsimil.training import load_model, train
 
@@ -101,6 +101,22 @@ def test_the_table_of_the_whole_cohort_measures_what_was_predicted_of_it(cohort,
     (tmp_path / "other.csv").write_text("slide,label\nS00.svs,pos\nt0,neg\n")
     assert main([*command, "--labels", str(tmp_path / "other.csv")]) == 2
     assert "slide 'S00.svs' (and 1 more) of the table is none of the" in capsys.readouterr().err
+
+
+def test_a_slide_too_large_for_a_gpu_is_predicted_on_the_cpu(cohort, tmp_path, monkeypatch):
+    asked, said = [], []
+
+    def once_too_large(batch, models, device):
+        asked.append(device)
+        if len(asked) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return _outputs(batch, models, "cpu")
+
+    monkeypatch.setattr("wsimil.prediction._outputs", once_too_large)
+    predict(cohort, cohort / "run", tmp_path, quiet=True, say=said.append)
+    assert len(asked) == 1 + sum(read_predictions(cohort / "slides/predictions.csv")["status"] == "done")
+    assert sum("predicted on the CPU" in line for line in said) == 1
+    assert (tmp_path / "predictions.csv").read_bytes() == (cohort / "slides/predictions.csv").read_bytes()
 
 
 @pytest.mark.parametrize(("kind", "config"), [("slides", PredictConfig()), ("patients", POOLED)])

@@ -256,7 +256,7 @@ def test_training_killed_between_epochs_ends_in_the_same_weights(study: Study, t
     [
         ({"aggregator": "abmill"}, "did you mean abmil"),
         ({"objective": "clam"}, "objective 'clam' is unknown"),
-        ({"aggregator_options": ("heads=3",)}, "heads"),
+        ({"aggregator_options": ("layers=3",)}, "layers"),
         ({"loss": "cox"}, "not for a binary task"),
     ],
 )

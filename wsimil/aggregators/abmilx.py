@@ -10,10 +10,9 @@ Tang et al. 2025 (arXiv 2506.02408). e ← e + v · softmax(Q Kᵀ / √d) e in 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsimil.aggregators.packed import segment_softmax, segment_sum
+from wsimil.aggregators.packed import segment_softmax, segment_sum, softmax_attention
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 from wsimil.errors import ConfigError
 
@@ -32,10 +31,8 @@ class Refine(nn.Module):
     def forward(self, tiles: Tensor, scores: Tensor) -> Tensor:
         known = self.norm(tiles)  # (heads, N, d)
         query, key, value = self.query(known), self.key(known), self.value(scores)
-        # as wide as the keys: for a value of width one the fused kernels step aside, and what is left needs N × N memory
-        value = F.pad(value, (0, key.shape[2] - 1)).to(key.dtype)
-        heard = F.scaled_dot_product_attention(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0))
-        return scores + heard[0, :, :, :1]
+        heard = softmax_attention(query.unsqueeze(0), key.unsqueeze(0), value.to(key.dtype).unsqueeze(0))
+        return scores + heard[0]
 
 
 class ABMILX(Aggregator):
@@ -79,7 +76,7 @@ class ABMILX(Aggregator):
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         bags = self.read(bags)
         tiles = self.project(bags.features)  # (ΣN, H)
-        scores = torch.cat([self.scores(bag) for bag in tiles.split(bags.sizes.tolist())])  # (ΣN, M)
+        scores = torch.cat([self.scores(bag) for bag in tiles.split(bags.lengths)])  # (ΣN, M)
         weights = segment_softmax(scores, bags).repeat_interleave(tiles.shape[1] // self.heads, 1)  # (ΣN, H)
         weighted = weights * tiles
         bag = self.join(segment_sum(weighted, bags))  # (B, H)

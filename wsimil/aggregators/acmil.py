@@ -92,7 +92,7 @@ class ACMIL(Aggregator):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         hidden = torch.zeros_like(scores, dtype=torch.bool)
         start = 0
-        for of_bag in scores.detach().split(bags.sizes.tolist()):
+        for of_bag in scores.detach().split(bags.lengths):
             top = of_bag.topk(min(self.n_top, len(of_bag)), dim=0).indices + start  # (n, T)
             drawn = torch.rand(top.shape, device=top.device).argsort(0)[: int(self.mask_rate * len(top))]
             hidden.scatter_(0, top.gather(0, drawn), True)

@@ -69,7 +69,7 @@ class DSMIL(Aggregator):
         top = segment_argmax(scores, bags)  # (B, C) rows
         query = self.query(bags.features)  # (ΣN, Q)
         asked = query[top] * query.shape[1] ** -0.5  # (B, C, Q)
-        sizes = bags.sizes.tolist()
+        sizes = bags.lengths
         likeness = torch.cat([part @ one.T for part, one in zip(query.split(sizes), asked, strict=True)])  # (ΣN, C)
         attention = segment_softmax(likeness, bags)  # (ΣN, C)
         values = self.value(bags.features)  # (ΣN, D)

@@ -105,7 +105,7 @@ class DTFD(Aggregator):
         counts = bags.sizes.clamp(max=self.n_pseudo)
         of_bag, device = bags.bag_index, bags.offsets.device
         if self.training:
-            ranks = torch.cat([torch.randperm(size, device=device) for size in bags.sizes.tolist()])
+            ranks = torch.cat([torch.randperm(size, device=device) for size in bags.lengths])
         else:
             ranks = torch.arange(len(of_bag), device=device) - bags.offsets[of_bag]
         return (counts.cumsum(0) - counts)[of_bag] + ranks % counts[of_bag], counts

@@ -117,12 +117,12 @@ class ILRA(Aggregator):
 
     def pooled(self, bags: BagBatch) -> tuple[Tensor, Tensor]:
         """Bags of embedded tiles → (B, H), and the scores (ΣN, heads)."""
-        pooled = [self.pool(self.query, tiles) for tiles in bags.features.split(bags.sizes.tolist())]
+        pooled = [self.pool(self.query, tiles) for tiles in bags.features.split(bags.lengths)]
         return torch.cat([bag for bag, _ in pooled]), torch.cat([scores[:, 0].T for _, scores in pooled])
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         bags = self.read(bags)
-        tiles = torch.cat([self.embed(one) for one in bags.features.split(bags.sizes.tolist())])  # (ΣN, H)
+        tiles = torch.cat([self.embed(one) for one in bags.features.split(bags.lengths)])  # (ΣN, H)
         bag, scores = self.pooled(replace(bags, features=tiles))
         return BagOutput(
             self.classify(bag),  # (B, C)

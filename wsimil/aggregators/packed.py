@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -30,6 +31,7 @@ __all__ = [
     "segment_sum",
     "segment_topk",
     "segment_weighted_sum",
+    "softmax_attention",
     "unpad",
 ]
 
@@ -63,16 +65,16 @@ def _wide(values: Tensor) -> Tensor:
 def in_pieces(function: Callable[[Tensor], tuple[Tensor, ...]], tiles: Tensor) -> tuple[Tensor, ...]:
     """function(tiles), for one that takes each row by itself: on a CPU in pieces that stay in its cache.
 
-    In training what happens inside is computed again on the way back when there are very many rows: memory then grows with what
-    the function returns, and no longer with what it goes through.
+    Very many rows are taken in pieces anywhere, and in training what happens inside is then computed again on the way back:
+    memory grows with what the function returns, and no longer with what it goes through.
     """
-    around = _around.get()
-    recomputed = around is not None and torch.is_grad_enabled() and len(tiles) >= _RECOMPUTED_FROM
+    around, many = _around.get(), len(tiles) >= _RECOMPUTED_FROM
+    recomputed = around is not None and torch.is_grad_enabled() and many
     on_cpu = tiles.device.type == "cpu"
     piece = _RECOMPUTED_FROM // 4
     if on_cpu:
         piece = min(piece, _ROWS_OF_A_THREAD * torch.get_num_threads())
-    if len(tiles) <= piece or not (on_cpu or recomputed):
+    if len(tiles) <= piece or not (on_cpu or recomputed or (many and not torch.is_grad_enabled())):
         return function(tiles)
     pieces = tiles.split(piece)
     if recomputed:
@@ -86,7 +88,7 @@ def in_pieces(function: Callable[[Tensor], tuple[Tensor, ...]], tiles: Tensor) -
 def segment_sum(values: Tensor, bags: BagBatch) -> Tensor:
     """(ΣN, K) → (B, K)."""
     # each bag by itself: adding rows up one by one loses digits where there are a hundred thousand
-    return torch.stack([one.sum(0) for one in _wide(values).split(bags.sizes.tolist())])
+    return torch.stack([one.sum(0) for one in _wide(values).split(bags.lengths)])
 
 
 def segment_mean(values: Tensor, bags: BagBatch) -> Tensor:
@@ -99,7 +101,7 @@ def segment_weighted_sum(weights: Tensor, values: Tensor, bags: BagBatch) -> Ten
     weights, values = _wide(weights), _wide(values)
     with torch.autocast(weights.device.type, enabled=False):
         # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole
-        sizes = bags.sizes.tolist()
+        sizes = bags.lengths
         return torch.stack([one.T @ other for one, other in zip(weights.split(sizes), values.split(sizes), strict=True)])
 
 
@@ -115,13 +117,8 @@ def segment_max(values: Tensor, bags: BagBatch) -> Tensor:
 
 def segment_softmax(logits: Tensor, bags: BagBatch) -> Tensor:
     """(ΣN, K) → (ΣN, K): each column sums to 1 within each bag."""
-    logits = _wide(logits)
-    if len(bags) == 1:
-        return logits.softmax(0)
-    # the maximum only guards against overflow: its gradient cancels
-    peak = segment_max(logits.detach(), bags)[bags.bag_index]
-    weights = (logits - peak).exp()
-    return weights / segment_sum(weights, bags)[bags.bag_index]
+    # each bag by itself: the way back from "the row of my bag", where 100,000 tiles read one row, is slow on a GPU
+    return torch.cat([one.softmax(0) for one in _wide(logits).split(bags.lengths)])
 
 
 def segment_argmax(values: Tensor, bags: BagBatch) -> Tensor:
@@ -135,8 +132,24 @@ def segment_topk(values: Tensor, bags: BagBatch, k: int) -> list[Tensor]:
 
 
 def _rows(bags: BagBatch) -> list[slice]:
-    offsets = bags.offsets.tolist()
+    offsets = bags.bounds
     return [slice(start, end) for start, end in pairwise(offsets)]
+
+
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, multiple: int | None = None
+) -> Tensor:
+    """softmax(q kᵀ / √d + mask) v of (…, M, d), (…, N, d), (…, N, v) → (…, M, v), by a fused kernel: without M × N memory.
+
+    Args:
+        multiple: of which those kernels want the widths; zeros fill what is missing. By default 8 on a GPU; the CPU takes any.
+    """
+    width, narrow = query.shape[-1], value.shape[-1]
+    multiple = multiple or (8 if query.device.type == "cuda" else 1)
+    wide = -(-max(width, narrow) // multiple) * multiple  # and values as wide as keys
+    query, key, value = (F.pad(part, (0, wide - part.shape[-1])) if part.shape[-1] < wide else part for part in (query, key, value))
+    read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=width**-0.5)
+    return read[..., :narrow]
 
 
 def pad(values: Tensor, bags: BagBatch, *, fill: float = 0.0) -> tuple[Tensor, Tensor]:

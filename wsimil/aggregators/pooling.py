@@ -57,7 +57,7 @@ class TopK:
 
     def _per_bag(self, values: Tensor, bags: BagBatch) -> list[tuple[Tensor, Tensor]]:
         """Of each bag: the k largest of every column (k, K), and their rows in the bag."""
-        parts = _wide(values).split(bags.sizes.tolist())
+        parts = _wide(values).split(bags.lengths)
         counts = [max(1, math.ceil(self.k * len(part) - 1e-9)) if self.k < 1 else min(int(self.k), len(part)) for part in parts]
         return [part.topk(count, dim=0) for part, count in zip(parts, counts, strict=True)]
 
@@ -66,7 +66,7 @@ class TopK:
 
     def weights(self, values: Tensor, bags: BagBatch) -> Tensor:
         weights = torch.zeros_like(values)
-        for start, (_, rows) in zip(bags.offsets.tolist(), self._per_bag(values, bags), strict=False):
+        for start, (_, rows) in zip(bags.bounds, self._per_bag(values, bags), strict=False):
             weights.scatter_(0, rows + start, 1 / len(rows))
         return weights
 

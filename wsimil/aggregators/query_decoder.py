@@ -108,12 +108,12 @@ class QueryDecoder(Aggregator):
 
     def read_logits(self, bags: BagBatch) -> Tensor:
         """Bags of embedded tiles → (B, C), the attention held."""
-        return self.logits(torch.stack([self.decode(tiles, hold=True)[0] for tiles in bags.features.split(bags.sizes.tolist())]))
+        return self.logits(torch.stack([self.decode(tiles, hold=True)[0] for tiles in bags.features.split(bags.lengths)]))
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         bags = self.read(bags)
         tiles = self.project(bags.features)  # (ΣN, H)
-        decoded = [self.decode(one) for one in tiles.split(bags.sizes.tolist())]
+        decoded = [self.decode(one) for one in tiles.split(bags.lengths)]
         embedding = torch.stack([one for one, _ in decoded])  # (B, C, H)
         return BagOutput(
             self.logits(embedding),

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsimil.aggregators.packed import pad, segment_softmax, segment_sum, unpad
+from wsimil.aggregators.packed import pad, segment_softmax, segment_sum, softmax_attention, unpad
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 from wsimil.config import Range
 from wsimil.errors import ConfigError
@@ -47,7 +47,7 @@ class Attention(nn.Module):
             along = query.permute(0, 3, 1, 2)  # (R, d, heads, P)
             query = query + self.around(along.flatten(0, 1)).unflatten(0, along.shape[:2]).permute(0, 2, 3, 1)
         visible = None if bool(mask.all()) else mask[:, None, None, :]
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        read = softmax_attention(query, key, value, visible)
         return self.dropout(self.out_project(read.transpose(1, 2).flatten(2)))
 
 
@@ -151,7 +151,7 @@ class R2T(Aggregator):
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         bags = self.read(bags)
-        tiles = torch.cat([self.embed(bag) for bag in self.project(bags.features).split(bags.sizes.tolist())])  # (ΣN, H)
+        tiles = torch.cat([self.embed(bag) for bag in self.project(bags.features).split(bags.lengths)])  # (ΣN, H)
         scores = self.attend(tiles)  # (ΣN, 1)
         attention = segment_softmax(scores, bags)
         bag = segment_sum(attention * tiles, bags)  # (B, H)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wsimil.aggregators.explain import gradient_contributions
+from wsimil.aggregators.packed import softmax_attention
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 from wsimil.config import Range
 from wsimil.errors import ConfigError
@@ -85,7 +86,7 @@ class EncoderLayer(nn.Module):
         """(N, K, d) of one sequence → (N, K, d)."""
         query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))  # (1, K, N, d)
         if places is None or self.slopes is None:
-            return F.scaled_dot_product_attention(query, key, value).squeeze(0).transpose(0, 1)
+            return softmax_attention(query, key, value).squeeze(0).transpose(0, 1)
         step = max(1, MASK_ELEMENTS // (self.heads * key.shape[2]))
         mixed = []
         for start in range(0, query.shape[2], step):
@@ -100,12 +101,15 @@ class EncoderLayer(nn.Module):
         everyone = F.pad(places, (0, 0, 1, 0))  # (N, 2): the first token is nowhere, its distances are set to zero
         own = everyone[start : start + query.shape[2]]
         # all heads at once: one more tensor of (M, N) would leave the memory in holes that the next part does not fit into
-        scale = self.slopes.to(places.dtype)[:, None, None]
-        mask = torch.cdist(scale * own, scale * everyone, compute_mode="donot_use_mm_for_euclid_dist").neg_()  # (K, M, N)
+        slopes = self.slopes.to(places.dtype)[:, None, None]
+        if places.device.type == "cuda":  # where cdist starts a group of threads for each pair
+            mask = -slopes * torch.hypot(*(own[:, None, axis] - everyone[None, :, axis] for axis in (0, 1)))  # (K, M, N)
+        else:
+            mask = torch.cdist(slopes * own, slopes * everyone, compute_mode="donot_use_mm_for_euclid_dist").neg_()
         mask[:, :, 0] = 0
         if start == 0:
             mask[:, 0] = 0
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype).unsqueeze(0))
+        return softmax_attention(query, key, value, mask.to(query.dtype).unsqueeze(0))
 
 
 class TransformerMIL(Aggregator):
@@ -170,7 +174,7 @@ class TransformerMIL(Aggregator):
 
     def _read(self, tiles: Tensor, bags: BagBatch) -> tuple[Tensor, Tensor]:
         """Embeddings of tiles (ΣN, H) → embeddings of bags (B, H), attention logits (ΣN, K)."""
-        sizes = bags.sizes.tolist()
+        sizes = bags.lengths
         token = self.class_token.to(tiles.dtype)
         tokens = torch.cat([part for of_bag in tiles.split(sizes) for part in (token, of_bag)])  # (ΣN + B, H)
         longer = [size + 1 for size in sizes]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsimil.aggregators.explain import gradient_contributions
+from wsimil.aggregators.packed import softmax_attention
 from wsimil.batch import Aggregator, BagBatch, BagOutput
 from wsimil.config import Range
 from wsimil.errors import ConfigError
@@ -92,7 +93,7 @@ class NystromAttention(nn.Module):
 
 def _softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """(K, N, d), (K, M, d), (K, M, d) → (K, N, d); the fused kernels want a leading axis."""
-    return F.scaled_dot_product_attention(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)).squeeze(0)
+    return softmax_attention(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)).squeeze(0)
 
 
 class PlaceConvolutions(nn.Module):
@@ -180,7 +181,7 @@ class TransMIL(Aggregator):
     def _read(self, tiles: Tensor, bags: BagBatch) -> tuple[Tensor, Tensor]:
         """Embeddings of tiles (ΣN, H) → embeddings of bags (B, H), attention logits (ΣN, K)."""
         embeddings, scores = [], []
-        for index, of_bag in enumerate(tiles.split(bags.sizes.tolist())):
+        for index, of_bag in enumerate(tiles.split(bags.lengths)):
             if self.needs_coords:
                 bag = bags.bag(index)
                 assert bag.coords_um is not None and bag.tile_um is not None  # `check` made sure

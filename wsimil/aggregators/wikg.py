@@ -38,7 +38,9 @@ LIKENESSES = 1 << 24
 def nearest(heads: Tensor, tails: Tensor, k: int) -> Tensor:
     """(N, H), (N, H) → (N, min(k, N)) rows of the tails with the largest inner product, largest first."""
     rows = max(1, LIKENESSES // len(tails))
-    return torch.cat([(chunk @ tails.T).topk(min(k, len(tails)), 1).indices for chunk in heads.split(rows)])
+    with torch.autocast(heads.device.type, enabled=False):  # rounded to eight bits, others would be nearest
+        heads, tails = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (heads, tails))
+        return torch.cat([(chunk @ tails.T).topk(min(k, len(tails)), 1).indices for chunk in heads.split(rows)])
 
 
 class WiKG(Aggregator):
@@ -103,7 +105,7 @@ class WiKG(Aggregator):
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         bags = self.read(bags)
-        tiles = torch.cat([self.embed(bag) for bag in self.project(bags.features).split(bags.sizes.tolist())])
+        tiles = torch.cat([self.embed(bag) for bag in self.project(bags.features).split(bags.lengths)])
         tiles = self.dropout(tiles)  # (ΣN, H)
         bag, scores = self.pooled(replace(bags, features=tiles))
         return BagOutput(

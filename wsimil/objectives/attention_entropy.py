@@ -51,7 +51,7 @@ def attention_entropy(attention_logits: Tensor, bags: BagBatch) -> Tensor:
     """(ΣN, K) → a scalar: -Σ_i a_i log a_i in nats, mean over bags and columns. At most the mean of log N."""
     logits = attention_logits.to(torch.promote_types(attention_logits.dtype, torch.float32))
     per_bag = []
-    for start, end in pairwise(bags.offsets.tolist()):
+    for start, end in pairwise(bags.bounds):
         log_weights = logits[start:end].log_softmax(0)  # (N, K)
         per_bag.append(-(log_weights.exp() * log_weights).sum(0))  # (K,)
     return torch.stack(per_bag).mean()

@@ -103,7 +103,7 @@ class ClamInstances(Wrapping):
             )
         per_bag = []
         classes = self.slide_label.task.likeliest(batch.targets).tolist()
-        for true, (start, end) in zip(classes, pairwise(batch.bags.offsets.tolist()), strict=True):
+        for true, (start, end) in zip(classes, pairwise(batch.bags.bounds), strict=True):
             bag = [self._judge(index, index == true, attention[start:end], tiles[start:end]) for index in self._asked(true)]
             per_bag.append(torch.stack(bag).mean())
         return torch.stack(per_bag)

@@ -25,7 +25,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from wsimil.batch import BagBatch, BagOutput, LabelledBags, Objective
+from wsimil.batch import BagBatch, BagOutput, LabelledBags, Objective, offsets_of
 from wsimil.config import Range
 from wsimil.errors import ConfigError
 from wsimil.objectives.wrapping import Wrapping, listening
@@ -118,7 +118,7 @@ class MaskedHardInstances(Wrapping):
         assert taught.attention_logits is not None
         kept = torch.ones(len(bags.features), dtype=torch.bool, device=bags.features.device)
         ratio = self.high * (1 + math.cos(math.pi * progress)) / 2
-        for index, (start, end) in enumerate(pairwise(bags.offsets.tolist())):
+        for index, (start, end) in enumerate(pairwise(bags.bounds)):
             name = bags.slide_ids[index] if bags.slide_ids else str(index)
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {int(self.step)} {name}".encode()))
             attention = taught.attention_logits[start:end].float().softmax(0).mean(1)  # (N,)
@@ -160,6 +160,6 @@ def _rows(bags: BagBatch, kept: Tensor) -> BagBatch:
     return replace(
         bags,
         features=bags.features[kept],
-        offsets=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
+        offsets=offsets_of(sizes.tolist(), kept.device),
         coords_um=None if bags.coords_um is None else bags.coords_um[kept],
     )

@@ -32,14 +32,14 @@ class RiskBank(nn.Module):
     def __init__(self, capacity: int = 8192) -> None:
         super().__init__()
         self.register_buffer("ids", torch.full((capacity,), -1, dtype=torch.int64))
-        self.register_buffer("entries", torch.zeros(capacity, 3, dtype=torch.float64))  # log-hazard, time, event
+        self.register_buffer("entries", torch.zeros(capacity, 3))  # log-hazard, time, event
         self.register_buffer("n_seen", torch.zeros((), dtype=torch.int64))
         # risk, time, event of the training slides: no state, they are found anew before each validation
         self._references: tuple[Tensor, Tensor, Tensor] | None = None
 
     def refer_to(self, risk: Tensor, targets: Tensor) -> None:
         """Log-hazards (N,) and targets (N, 2) of all training slides, which slides of validation are set against from now on."""
-        self._references = risk.double(), targets[:, 0], targets[:, 1].double()
+        self._references = _wide(risk), targets[:, 0], _wide(targets[:, 1])
 
     def loss(self, risk: Tensor, targets: Tensor, slide_ids: Sequence[str], weights: Tensor | None = None) -> Tensor:
         """Mean negative log partial likelihood per event, of rows (M,) with targets (M, 2): time and event.
@@ -49,7 +49,7 @@ class RiskBank(nn.Module):
         """
         time, event = targets.unbind(1)
         if not self.training and self._references is not None:
-            each = _left_out(risk.double(), time, event.double(), *self._references)
+            each = _left_out(_wide(risk), time, _wide(event), *self._references)
             return (each if weights is None else each * weights).sum() / len(set(slide_ids) or risk)
         if not slide_ids or not self.training:
             return cox_loss(risk, time, event, weights)
@@ -81,6 +81,10 @@ class RiskBank(nn.Module):
         self.ids[slots] = hashed
         self.entries[slots] = torch.cat([risk.unsqueeze(1), targets], 1)[rows].to(self.entries.dtype)
         self.n_seen += new.sum()
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.device.type == "mps" else values.double()  # which Apple's GPUs lack
 
 
 def _left_out(risk: Tensor, time: Tensor, event: Tensor, others: Tensor, other_time: Tensor, other_event: Tensor) -> Tensor:

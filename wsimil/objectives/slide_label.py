@@ -78,7 +78,8 @@ class SlideLabel(Objective):
         targets = batch.targets[rows]
         weights = None if batch.weights is None else batch.weights[rows]
         # the rows of a slide stand for one slide, however many they are: of a small bag there are fewer pseudo-bags
-        share = 1 / torch.bincount(rows, minlength=len(batch.targets))[rows].to(logits.dtype)
+        counts = torch.zeros(len(batch.targets), device=rows.device).index_add(0, rows, torch.ones(len(rows), device=rows.device))
+        share = 1 / counts[rows].to(logits.dtype)
         weights = share if weights is None else share * weights
         if self.bank is None or (self.own_sets and self.training):
             return self.task.loss(logits, targets, weights * (len(rows) / len(batch.targets)))

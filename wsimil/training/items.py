@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wsimil.bags.dataset import BagFolder
-from wsimil.batch import BagBatch, LabelledBags, pack
+from wsimil.batch import BagBatch, LabelledBags, offsets_of, pack
 from wsimil.training.memory import ReusedMemory
 from wsimil.training.ranks import ALONE, Ranks
 from wsimil.training.read_ahead import read_ahead
@@ -28,10 +29,14 @@ __all__ = ["LabelledSlides", "Steps", "TileStore", "free_bytes", "piece_tiles"]
 _BLOCK = 1024
 """Rows that are looked at together, in the processor's cache."""
 
+_STEP_BYTES = 48_000
+"""Of a tile in a training step, about: the transformer needs 22,000 forward for tiles × 1024, and as much again on the way back."""
+
 
 def free_bytes(device: str = "cpu") -> int:
     """Memory that features may take: half of what is free, so that work and other programs keep the rest."""
     if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # what an encoder left behind is free, and does not look so
         return torch.cuda.mem_get_info(device)[0] // 2
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -47,12 +52,14 @@ def free_bytes(device: str = "cpu") -> int:
 
 
 def piece_tiles(device: str) -> int:
-    """Tiles after which a piece is full: what a CPU's cache likes, or what a GPU's memory surely holds."""
-    return 8192 if device == "cpu" else 262_144
+    """Tiles after which a piece is full: what a CPU's cache likes, or what a GPU's free memory holds, whatever the aggregator."""
+    if device.startswith("cuda"):
+        return min(262_144, max(8192, free_bytes(device) // _STEP_BYTES))
+    return 8192 if device == "cpu" else 65_536
 
 
 class TileStore:
-    """Bags by slide, features as stored: from memory as far as `memory_bytes` go, from the files beyond. One thread at a time.
+    """Bags by slide, features as stored: from memory as far as `memory_bytes` go, from the files beyond.
 
     Args:
         bags: where they come from; its own cache is not needed.
@@ -65,6 +72,7 @@ class TileStore:
         self._held: dict[str, BagBatch] = {}
         self._memory = ReusedMemory()  # of what is not held
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._one_at_a_time = threading.Lock()  # a step may be read ahead while an objective looks at all slides
 
     def n_tiles(self, slide_id: str) -> int:
         return self.bags.n_valid(slide_id)
@@ -79,17 +87,18 @@ class TileStore:
 
     def bag(self, slide_id: str, rows: np.ndarray | None = None) -> BagBatch:
         """The usable tiles of a slide, or those in `rows`; features in half precision where the file has it."""
-        held = self._held.get(slide_id)
-        if held is None and (size := self.n_bytes(slide_id)) <= self._left:
-            held = self._held[slide_id] = self.bags.load(slide_id, half=True).to(self.device)
-            self._left -= size
-        if held is None:
-            return self.bags.load(slide_id, rows=rows, half=True, allocate=self._memory).to(self.device)
+        with self._one_at_a_time:
+            held = self._held.get(slide_id)
+            if held is None and (size := self.n_bytes(slide_id)) <= self._left:
+                held = self._held[slide_id] = self.bags.load(slide_id, half=True).to(self.device)
+                self._left -= size
+            if held is None:
+                return self.bags.load(slide_id, rows=rows, half=True, allocate=self._memory).to(self.device)
         if rows is None:
             return held
         index = torch.from_numpy(rows).to(held.features.device)
         coords_um = None if held.coords_um is None else held.coords_um[index]
-        offsets = torch.tensor([0, len(rows)], device=index.device)
+        offsets = offsets_of([len(rows)], index.device)
         return BagBatch(held.features[index], offsets, coords_um, held.tile_um, held.slide_ids)
 
     def moments(self, slide_ids: Iterable[str]) -> tuple[Tensor, Tensor]:
@@ -108,19 +117,21 @@ class TileStore:
 
 
 def _mean_and_square(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each column of (N, D), in float64."""
+    """Of each column of (N, D), in float64 on the CPU."""
+    on_gpu = features.device.type == "cuda"  # where they lie: 40 GB are not to come back for it
+    place, rows = features.device if on_gpu else torch.device("cpu"), 64 * _BLOCK if on_gpu else _BLOCK
     half = features.dtype in (torch.float16, torch.bfloat16)
     # float32 holds what lies near the mean of numbers in half precision; wider ones may go beyond it
     kind = torch.float32 if half else torch.float64
-    near = features[:_BLOCK].to("cpu", kind).mean(0)
-    total = torch.zeros(2, features.shape[1], dtype=torch.float64)
-    for block in features.split(_BLOCK):  # a slide that is widened whole would be four times its file
-        wide = block.to("cpu", kind)
+    near = features[:_BLOCK].to(place, kind).mean(0)
+    total = torch.zeros(2, features.shape[1], dtype=torch.float64, device=place)
+    for block in features.split(rows):  # a slide that is widened whole would be four times its file
+        wide = block.to(place, kind)
         wide = wide.sub_(near) if wide is not block else wide - near
         total += torch.stack([wide.sum(0), wide.square_().sum(0)])
     off, square = total / len(features)
     mean = near + off
-    return mean, square - off.square() + mean.square()
+    return mean.cpu(), (square - off.square() + mean.square()).cpu()
 
 
 class LabelledSlides:
@@ -258,5 +269,4 @@ class Steps:
             mine = self.ranks.share([self.slides.n_tiles(index) for index in step])
             return self.slides.pieces([step[place] for place in mine], epoch, limit=self.limit)
 
-        files = not self.slides.store.keeps(self.slides.slide_ids)
-        yield from read_ahead(prepare, plan, always=files and self.on_gpu)
+        yield from read_ahead(prepare, plan, always=self.on_gpu and self.slides.store.device == "cpu")

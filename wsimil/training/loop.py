@@ -95,6 +95,7 @@ class Loop(lightning.LightningModule):
         self.best_epoch = -1
         self._train_losses: list[Tensor] = []
         self._val_losses: list[tuple[Tensor, int]] = []
+        self._coins: list[Tensor] = []  # of a GPU, where a run goes on
         objective.prepare(model)
 
     def configure_optimizers(self) -> Any:
@@ -113,6 +114,8 @@ class Loop(lightning.LightningModule):
         return min(1.0, self.global_step / self.total_steps)
 
     def on_train_start(self) -> None:
+        for state in self._coins if self.device.type == "cuda" else []:  # dropout on a GPU is tossed there
+            torch.cuda.set_rng_state(state.cpu(), self.device)
         self.ranks.begin_alike([*self.parameters(), *self.buffers()])
 
     def on_train_epoch_start(self) -> None:
@@ -203,8 +206,7 @@ class Loop(lightning.LightningModule):
         kept = checkpoint["wsimil"]
         self.history, self.best_state, self.best_epoch = kept["history"], kept["best_state"], kept["best_epoch"]
         torch.set_rng_state(kept["rng"])
-        for state in kept.get("cuda", []) if self.device.type == "cuda" else []:  # dropout on a GPU is tossed there
-            torch.cuda.set_rng_state(state.cpu(), self.device)
+        self._coins = kept.get("cuda", [])  # Lightning calls this before it moves the model, and with it `self.device`
 
 
 def _has_patience_ended(epoch: float, best_epoch: int, config: TrainConfig) -> bool:
@@ -296,6 +298,8 @@ def fit(
     )
     if device == "cpu":
         quicken_dropout(model)
+    elif device.startswith("cuda"):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new length, and every bag has its own
     epochs = epochs or config.epochs
     last = run / "last.ckpt"
     kept = read_checkpoint(last)["wsimil"] if last.exists() else {}

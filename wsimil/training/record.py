@@ -178,5 +178,5 @@ def _logits(model: Aggregator, slides: LabelledSlides, device: str) -> np.ndarra
     with torch.inference_mode():
         for index in range(len(slides)):
             (piece,) = slides.pieces([index], 0, limit=None)
-            each.append(model(piece.bags.to(device, torch.float32)).logits.float().cpu().numpy())
+            each.append(model(piece.bags.to(device)).logits.float().cpu().numpy())
     return np.concatenate(each)

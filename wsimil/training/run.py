@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,6 +34,9 @@ from wsimil.training.soup import SOUP, Soup, candidate_settings, mixed
 from wsimil.training.stacked import Member, fit_stacked, unstackable
 
 __all__ = ["train"]
+
+_STACK_BYTES = 32
+"""Of a tile, a model and a hidden number, in a step of a stack with attention, about: 20 forward, the rest on the way back."""
 
 
 def train(
@@ -85,7 +89,7 @@ def train(
         for fold in folds
         for seed in seeds
     ]
-    stacked = _are_stacked(plans, config, device, say)
+    stacked = _are_stacked(plans, bag_folder, config, device, say)
     _check(plans, bag_folder, device)
     known = cohort.labels.assign(slide_fingerprint=_fingerprints(bag_folder, cohort))
     tables = {out / "splits.csv": (cohort.splits[COLUMNS], splits), out / "labels.csv": (known, labels)}
@@ -104,9 +108,16 @@ def train(
         lines = _train_shared(plans, bag_folder, cohort, settings, device)
     else:
         lines = _train_each(ALONE, device, plans, bag_folder, cohort, settings)
-    for line in lines:
-        if not quiet:
-            say(line)
+    try:
+        for line in lines:
+            if not quiet:
+                say(line)
+    except torch.OutOfMemoryError as error:
+        instead = "--stack off, " if stacked else ""
+        raise UsageError(
+            f"the memory of {device} does not suffice for a step with {config.aggregator} ({str(error).partition('. ')[0]}): "
+            f"{instead}--tiles-per-bag 20000, a narrower --hidden, another --aggregator or --device cpu need less"
+        ) from None
     return [plan.folder for plan in plans]
 
 
@@ -201,14 +212,21 @@ def _store(bags: BagFolder, plans: list[Plan], config: TrainConfig, device: str,
     return TileStore(bags, memory_bytes=(int(config.memory_gb * 1e9) or free_bytes()) // sharers)
 
 
-def _are_stacked(plans: list[Plan], config: TrainConfig, device: str, say: Callable[[str], None]) -> bool:
+def _are_stacked(plans: list[Plan], bags: BagFolder, config: TrainConfig, device: str, say: Callable[[str], None]) -> bool:
     """Whether all are trained as one program; where that would be worth it and cannot be, the reason is said."""
     worth = len(plans) > 1 and device.startswith("cuda") and config.devices == 1
     if config.stack == "off" or (config.stack == "auto" and not worth):
         return False
     reason = "a stack trains on one device" if config.devices > 1 else unstackable(config, [plan.task for plan in plans])
+    if device == "mps":
+        reason = "a stack needs float64, which Apple's GPUs lack"
     if reason and config.stack == "on":
         raise UsageError(f"--stack on: {reason}; train one after the other with --stack off")
+    if not reason and config.stack == "auto" and device.startswith("cuda"):
+        most = max(bags.n_valid(name) for plan in plans for name in plan.ids["train"])
+        needed = min(most, config.tiles_per_bag or most) * len(plans) * config.hidden * _STACK_BYTES
+        if needed > free_bytes(device):
+            reason = f"{len(plans)} in a stack need about {needed / 1e9:.0f} GB for the largest bag (--tiles-per-bag: a part of it)"
     if reason:
         say(f"models are trained one after the other: {reason}")
     return reason is None
@@ -226,7 +244,7 @@ def _train_stacked(
         return
     for plan in plans:
         begin(plan, settings)
-    with torch.random.fork_rng():
+    with _own_coins(device):
         models = [fresh_model(plan, store) for plan in plans]
         torch.manual_seed(int(hash_of([[plan.fold, plan.config.seed] for plan in plans])[:8], 16))  # of no label
         members = [
@@ -249,13 +267,19 @@ def _train_each(ranks: Ranks, device: str, plans: list[Plan], bags: BagFolder, c
                 continue
             begin(plan, settings)
         soup = None
-        with torch.random.fork_rng(devices=[]):
+        with _own_coins(device):
             model = fresh_model(plan, store, ranks)
             if plan.config.soup:
                 soup = _soup(plan, model, store, device, ranks)
                 model.load_state_dict(soup.state)
             fitted = _fit(plan, model, store, device, ranks)
         yield finish(plan, store, cohort, fitted, device, soup) if ranks.rank == 0 else ""
+
+
+def _own_coins(device: str) -> AbstractContextManager[None]:
+    """Chance inside leaves that outside as it was, on the CPU and on a GPU."""
+    gpus = [torch.device(device).index or 0] if device.startswith("cuda") else []
+    return torch.random.fork_rng(devices=gpus)
 
 
 def _fit(plan: Plan, model: Standardized, store: TileStore, device: str, ranks: Ranks, *, epochs: int | None = None) -> Fitted:
@@ -272,7 +296,7 @@ def _soup(plan: Plan, model: Standardized, store: TileStore, device: str, ranks:
         config = candidate_settings(plan.config, plan.fold, index)
         one = replace(plan, folder=plan.folder / SOUP / str(index), config=config)
         one.folder.mkdir(parents=True, exist_ok=True)
-        with torch.random.fork_rng(devices=[]):
+        with _own_coins(device):
             torch.manual_seed(config.seed)
             candidates.append(_fit(one, copy.deepcopy(model), store, device, ranks, epochs=plan.config.soup_epochs))
     return mixed(candidates, plan.config.soup_kept)
