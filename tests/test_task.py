@@ -459,3 +459,10 @@ def test_risks_of_folds_with_other_numbers_of_intervals_are_on_one_scale():
         return float(replace(TIMES, intervals=ends).risks(np.full((1, n), np.log(hazard / (1 - hazard))))[0])
 
     assert risk(3) == pytest.approx(risk(4), rel=0.1) and risk(4) == pytest.approx(risk(6), rel=0.1)
+
+
+def test_a_label_that_is_known_of_no_training_slide_is_not_learned():
+    task = Task("multilabel", ("ER", "HER2"))
+    with pytest.raises(LabelsError, match="label 'ER' is known of none of the 2 training slides"):
+        task.fitted(["HER2=1", "HER2=0"], TrainConfig())
+    assert task.fitted(["ER=0;HER2=1", "HER2=0"], TrainConfig()).positive_weights == (1.0, 1.0)

@@ -200,19 +200,20 @@ class Aggregator(nn.Module):
     def check(self, bags: BagBatch) -> BagBatch:
         """The batch, if this aggregator can use it; an `AggregatorInputError` otherwise."""
         bags.checked()
+        name = type(getattr(self, "inner", self)).__name__  # of a wrapper, what is in it
         if bags.features.shape[1] != self.dim:
             raise AggregatorInputError(
-                f"features are {bags.features.shape[1]} wide, {type(self).__name__} takes {self.dim}; "
+                f"features are {bags.features.shape[1]} wide, {name} takes {self.dim}; "
                 "the bags come from another encoder than the model's"
             )
         if self.needs_coords:
             places, sides = bags.coords_um, bags.tile_um
             if places is None or sides is None:
                 raise AggregatorInputError(
-                    f"{type(self).__name__} needs the position of each tile, and these bags carry none (coords_um, tile_um)"
+                    f"{name} needs the position of each tile, and these bags carry none (coords_um, tile_um)"
                 )
             if not bool(places.isfinite().all() & sides.isfinite().all() & (sides > 0).all()):
-                raise AggregatorInputError(f"{type(self).__name__} needs finite coords_um, and a tile_um above 0 for every bag")
+                raise AggregatorInputError(f"{name} needs finite coords_um, and a tile_um above 0 for every bag")
         return bags
 
     def read(self, bags: BagBatch) -> BagBatch:

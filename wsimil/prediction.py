@@ -32,7 +32,7 @@ from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import COLUMNS, read_splits, splits_hash
 from wsimil.batch import BagBatch, BagOutput, pack
 from wsimil.config import FilterConfig, PredictConfig, Settings
-from wsimil.errors import BagFormatError, EncoderMismatchError, LabelsError, UsageError, WsimilError, some_of
+from wsimil.errors import AggregatorInputError, BagFormatError, EncoderMismatchError, LabelsError, UsageError, WsimilError, some_of
 from wsimil.evaluation.table import ENSEMBLE, SEEN
 from wsimil.extraction.extract import resolve_device
 from wsimil.extraction.job import Row, slides_of_job
@@ -84,6 +84,11 @@ def predict(
     run = _with_twins(run, bag_folder, say)
     if run.filter != NO_FILTER:
         say(f"tiles are filtered as the model's were: {_described(run.filter)}")
+    if config.bag == "patient" and any(trained.model.needs_coords for trained in run.models):
+        raise UsageError(
+            f"--bag patient pools slides, which have no common frame, and {run.models[0].content['aggregator']} needs the position "
+            "of each tile: predict with --bag slide"
+        )
     device = resolve_device(config.device)
     for trained in run.models:
         trained.model.to(device)
@@ -116,7 +121,7 @@ def predict(
                 n_left += kept is not None
                 said = kept or _predict_one(bag_folder, filled, models, run.task, device, Path(out), say, name=name, key=key)
                 ending = {"status": "done"}
-        except BagFormatError as error:
+        except (BagFormatError, AggregatorInputError) as error:
             ending = _failed(error)
             say(f"{_in_utf8(name)}: failed: {ending['reason']}")
         logits = iter(said)  # fold by fold, as the models
@@ -126,7 +131,9 @@ def predict(
     if n_left:
         say(f"{n_left} of {len(tested)} {config.bag}s were predicted before by the same models; left as they are")
     if len(tested) < len(groups):
-        say(f"{len(groups) - len(tested)} {config.bag}s are in no test fold of this model, so they are not predicted")
+        folds = ", ".join(map(str, run.folds_without_model))
+        why = f"; the splits have test slides in fold {folds}, of which there is no finished model here" if folds else ""
+        say(f"{len(groups) - len(tested)} {config.bag}s are in no test fold of this model, so they are not predicted{why}")
     tested_too = {name: reason for name, reason in bag_folder.damaged.items() if any(run.models_for(name).values())}
     for name, reason in tested_too.items():
         say(f"{_in_utf8(name)}: failed: {_failed(reason)['reason']}")
@@ -221,6 +228,11 @@ class _Run:
     @property
     def filter(self) -> FilterConfig:
         return self.models[0].filter
+
+    @property
+    def folds_without_model(self) -> list[int]:
+        tested = set(self.splits.loc[self.splits["split"] == "test", "fold"])
+        return sorted(tested - {model.fold for model in self.models})
 
     def models_for(self, slide_id: str) -> dict[str, list[TrainedModel]]:
         """Fold → its models, of the folds that a slide is in test in; of a new slide `ensemble` → all."""

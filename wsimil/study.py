@@ -24,6 +24,7 @@ from wsimil.errors import UsageError, WsimilError
 from wsimil.evaluation import write_evaluation
 from wsimil.evaluation.table import read_predictions
 from wsimil.extraction import extract_features
+from wsimil.extraction.extract import resolve_device
 from wsimil.extraction.job import read_status
 from wsimil.files import file_sha256, hash_of, mark_output, read_json, write_json
 from wsimil.heatmaps import draw_heatmaps
@@ -32,7 +33,7 @@ from wsimil.report import write_report
 from wsimil.settings import as_mapping, save_settings
 from wsimil.slides.cohort import find_slides
 from wsimil.training import prepare_cohort, train
-from wsimil.training.goals import build_objective
+from wsimil.training.goals import try_together
 
 __all__ = ["Study", "run_study"]
 
@@ -164,7 +165,8 @@ def _check_request(ids: set[str], labels: str | Path, job: Path, splits: str | P
     given = [label for label in table["label"] if label]
     task = infer_task(given, settings.labels).fitted(given, config)
     check_aggregator(config.aggregator, config.options_of("aggregator_options"))
-    build_objective(config, task, given)
+    resolve_device(config.device)
+    try_together(config, task, given)
     if splits is not None:
         folds = read_splits(splits)
         match_slides(folds["slide_id"], known)

@@ -96,7 +96,8 @@ class Task:
             raise LabelsError(f"loss {self.criterion!r} is not for a {self.kind} task; expected {' or '.join(known)}")
         if (self.focal_gamma or self.label_smoothing) and not self.has_classes:
             name = "focal_gamma" if self.focal_gamma else "label_smoothing"
-            raise LabelsError(f"{name} is for binary, multi-class and multi-label tasks, not for {self.kind}")
+            option = f"--{name.replace('_', '-')}"
+            raise LabelsError(f"{name} is for binary, multi-class and multi-label tasks, not for {self.kind}; leave {option} out")
 
     # what it is
 
@@ -198,7 +199,10 @@ class Task:
         if task.kind != "survival" or task.criterion != "nll":
             for name in ("time_bins", "survival_alpha"):
                 if getattr(config, name) != getattr(TrainConfig, name):
-                    raise LabelsError(f"{name} is for survival with the nll loss, not for {task.kind} with {task.criterion}")
+                    raise LabelsError(
+                        f"{name} is for survival with the nll loss, not for {task.kind} with {task.criterion}; leave "
+                        f"--{name.replace('_', '-')} out"
+                    )
         if task.kind == "regression":
             values = np.array([float(label) for label in labels])
             if np.ptp(values) <= 1e-12 * np.abs(values).max():  # the deviation of equal numbers is rounding, not always 0
@@ -207,9 +211,16 @@ class Task:
                     "several values in train"
                 )
             return replace(task, center=float(values.mean()), scale=float(values.std()))
-        if task.kind == "multilabel" and config.balance and config.sampling != "balanced":  # both would pay twice
+        if task.kind == "multilabel":
             facts = [facts_of(label) for label in labels]
-            return replace(task, positive_weights=tuple(_positive_weight(facts, name) for name in task.classes))
+            if unknown := [name for name in task.classes if not any(name in one for one in facts)]:
+                raise LabelsError(
+                    f"label {unknown[0]!r} is known of none of the {len(labels)} training slides: nothing to learn from; leave it "
+                    "out of the targets, or use splits with such slides in train"
+                )
+            if config.balance and config.sampling != "balanced":  # both would pay twice
+                return replace(task, positive_weights=tuple(_positive_weight(facts, name) for name in task.classes))
+            return task
         if task.kind in ("binary", "multiclass", "ordinal") and len(task.encode(labels).unique(dim=0)) == 1:
             raise LabelsError(
                 f"all {len(labels)} training slides are {task.hard_label(labels[0])}: nothing to learn from; use splits with "

@@ -83,9 +83,7 @@ def test_a_cox_validation_loss_is_a_function_of_the_weights_it_judges(toy, tmp_p
     objective = build_objective(replace(config, objective=kind), Task("survival", criterion="cox"), labels[:16])
     ours, theirs = slice(16), slice(16, None)
     model = make_aggregator("gated_abmil", DIM, 1, hidden=8, dropout=0.5)
-    sides = [
-        LabelledSlides(store, names[part], targets[part], tiles_per_bag=2 if part == ours else 0) for part in (ours, theirs)
-    ]
+    sides = [LabelledSlides(store, names[part], targets[part], tiles_per_bag=2 if part == ours else 0) for part in (ours, theirs)]
     (tmp_path / "epochs").mkdir()
     found = fit(tmp_path, model, objective, *sides, config)
     judge = RiskBank().eval()

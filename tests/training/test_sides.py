@@ -19,7 +19,7 @@ from toy_bags import write_cohort
 from wsimil.bags.bag import read_bag
 from wsimil.bags.dataset import BagFolder
 from wsimil.config import Settings, TrainConfig
-from wsimil.errors import SplitsError
+from wsimil.errors import LabelsError, SplitsError
 from wsimil.evaluation.calibration import calibrate
 from wsimil.hdf5 import Dataset, read_attributes, write_hdf5
 from wsimil.training import TrainedModel, load_model, train
@@ -145,6 +145,27 @@ def test_one_slide_under_two_names_is_refused_on_two_sides_of_given_splits(cohor
     with pytest.raises(SplitsError, match="s04 and s20 have the same features"):
         fitted(cohort)
     assert not (cohort / "run").exists()
+
+
+def test_tiles_in_another_order_are_the_same_slide(cohort):
+    """Column by column, as other programs write them."""
+    whole = read_bag(cohort / "features_toy" / "s04.h5")
+    order = np.random.default_rng(0).permutation(len(whole.features))
+    path = cohort / "features_toy" / "s20.h5"
+    parts = {"features": whole.features[order].astype(np.float32), "coords": whole.coords_level0_px[order], "valid": whole.valid}
+    write_hdf5(path, {key: Dataset(value) for key, value in parts.items()}, read_attributes(path))
+    with pytest.raises(SplitsError, match="s04 and s20 have the same features"):
+        fitted(cohort)
+
+
+@pytest.mark.parametrize(("one", "other"), [("Pat1", "PAT1"), ("7", "007"), ("7", "7.0"), ("p-7", "p–7")])
+def test_patients_that_only_the_splits_name_are_spelled_alike(cohort, one, other):
+    rows = [line.split(",") for line in (cohort / "splits.csv").read_text().splitlines()]
+    for row in rows:
+        row[2] = {"s00": one, "s23": other}.get(row[1], row[2])  # train and test
+    (cohort / "splits.csv").write_text("\n".join(map(",".join, rows)))
+    with pytest.raises(LabelsError, match="look like one patient"):
+        fitted(cohort)
 
 
 def test_given_splits_that_part_a_patient_of_the_label_table_are_refused(cohort):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import pandas as pd
 import pytest
 import torch
@@ -79,8 +81,18 @@ def test_folds_are_not_written_over_the_labels_they_are_of(toy, tmp_path, capsys
         ({"aggregator_options": ("layers=3",)}, "layers"),
         ({"objective": "clam"}, "objective"),
         ({"stack": "on", "aggregator": "transmil"}, "--stack on"),
+        (
+            {"objective": "auto+mhim", "aggregator": "max_pool"},
+            r"--objective auto\+mhim with --aggregator max_pool: .*no attention",
+        ),
+        ({"objective": "auto+attention_entropy", "aggregator": "max_pool"}, "nothing to spread"),
+        ({"objective": "clam_instances", "aggregator": "acmil"}, "heads or branches"),
+        ({"objective_options": ("extra_weight=5",)}, "extra_weight is of further outputs"),
+        ({"device": "gpu"}, "--device gpu: expected auto, cpu"),
+        ({"device": "cpu:1"}, "--device cpu:1: expected auto, cpu"),
+        ({"device": "cuda:99"}, "--device cuda:99: torch finds"),
     ],
-    ids=["splits", "aggregator", "objective", "stack"],
+    ids=["splits", "aggregator", "objective", "stack", "mhim", "entropy", "clam", "extras", "gpu", "number", "cuda"],
 )
 def test_a_training_that_is_refused_leaves_a_finished_run_as_it_was(toy, tmp_path, changes, said):
     run = tmp_path / "run"
@@ -177,3 +189,17 @@ def test_a_step_that_is_too_large_for_the_memory_is_said_with_ways_out(toy, tmp_
     monkeypatch.setattr("wsimil.training.loop.Loop.training_step", too_large)
     with pytest.raises(UsageError, match=r"memory of cpu does not suffice .*gated_abmil \(CUDA out of memory\): --tiles-per-bag"):
         trained(toy, tmp_path)
+
+
+def test_bags_that_do_not_say_where_tiles_lie_are_named_before_any_work(toy, tmp_path):
+    folder = tmp_path / "job"
+    shutil.copytree(toy, folder)
+    for name in ("s03", "s10"):
+        with h5py.File(folder / "features_toy" / f"{name}.h5", "a") as file:
+            del file.attrs["mpp"]
+    run = tmp_path / "run"
+    trained(folder, run)
+    before = contents(run)
+    with pytest.raises(UsageError, match=r"--aggregator sm_abmil needs the place of each tile, and 2 bags .*: s03, s10; convert"):
+        trained(folder, run, aggregator="sm_abmil")
+    assert contents(run) == before

@@ -558,3 +558,37 @@ def test_contributions_of_a_cox_model_are_in_the_unit_of_its_risk(tmp_path):
         with h5py.File(tmp_path / f"out/scores/{row['slide_id']}.h5") as file:
             total = float(np.sum(file["contributions"][:], dtype=np.float64))  # type: ignore[index]
         assert row["risk"] == pytest.approx(total - task.scale * task.center, abs=1e-4)
+
+
+# ---------------------------------------------------------------- models that need places
+
+
+@pytest.fixture(scope="module")
+def placed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of an aggregator that needs to know where tiles lie."""
+    run = tmp_path_factory.mktemp("placed") / "run"
+    config = TrainConfig(aggregator="sm_abmil", epochs=1, hidden=8, device="cpu", fold="0")
+    train(cohort, cohort / "labels.csv", run, settings=Settings(train=config, split=SplitConfig(folds=3)), quiet=True)
+    return run
+
+
+def test_a_slide_without_places_is_a_failed_row(cohort, placed, tmp_path):
+    shutil.copytree(cohort / "features_toy", tmp_path / "features_toy")
+    names = predict(cohort, placed, tmp_path / "whole", quiet=True).query("status == 'done'")["slide_id"].tolist()
+    with h5py.File(tmp_path / "features_toy" / f"{names[1]}.h5", "a") as file:
+        del file.attrs["mpp"]
+    rows = predict(tmp_path, placed, tmp_path / "out", quiet=True).set_index("slide_id")
+    assert rows.loc[names[1], "status"] == "failed" and "SmABMIL needs the position of each tile" in rows.loc[names[1], "reason"]
+    assert (rows.loc[[name for name in names if name != names[1]], "status"] == "done").all()
+
+
+def test_pooled_patients_have_no_places(cohort, placed, tmp_path):
+    with pytest.raises(UsageError, match=r"--bag patient pools slides.* sm_abmil needs the position .*--bag slide"):
+        predict(cohort, placed, tmp_path / "out", config=POOLED, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folds_that_were_never_trained_are_named(cohort, tmp_path):
+    said: list[str] = []
+    predict(cohort, cohort / "run", tmp_path, quiet=True, say=said.append)
+    assert any("the splits have test slides in fold 1, 2, of which there is no finished model here" in line for line in said)

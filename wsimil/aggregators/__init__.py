@@ -146,6 +146,10 @@ def check_aggregator(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if name not in AGGREGATORS:
         raise ConfigError(f"aggregator {name!r} is unknown{nearest(name, AGGREGATORS)} (known: {', '.join(AGGREGATORS)})")
     make = AGGREGATORS[name].make
+    known = [one for one in inspect.signature(make).parameters if one not in ("dim", "n_outputs", "hidden", "dropout")]
+    if unknown := [option for option in options if option not in known]:
+        listed = f" (options: {', '.join(known)})" if known else " (it has none)"
+        raise ConfigError(f"aggregator {name}: no option {unknown[0]}{nearest(unknown[0], known)}{listed}")
     try:
         inspect.signature(make).bind(1, 1, hidden=1, dropout=0.0, **options)
     except TypeError as error:

@@ -250,13 +250,12 @@ class BagFolder:
             if rows is None:
                 self._checked.add(slide_id)
         features = _as_tensor(stored, half=half, shared=picked is None and bag is not None and self._cache.get(slide_id) is bag)
-        mpp, tile_level0_px = header.attributes.get("mpp"), header.attributes.get("tile_level0_px")
         coords_um = tile_um = None
-        placed = header.attributes.get("coords_unit", "px") in ("px", "um")  # places on a grid, or none at all, say nothing
-        if mpp and tile_level0_px and placed:
-            centre = (coords + float(tile_level0_px) / 2) * float(mpp)
+        if self.has_places(slide_id):
+            mpp, tile_level0_px = (float(header.attributes[name]) for name in ("mpp", "tile_level0_px"))
+            centre = (coords + tile_level0_px / 2) * mpp
             coords_um = torch.from_numpy(centre.astype(np.float32))
-            tile_um = torch.tensor([float(tile_level0_px) * float(mpp)])
+            tile_um = torch.tensor([tile_level0_px * mpp])
         return BagBatch(
             features=features,
             offsets=torch.tensor([0, len(features)]),
@@ -264,6 +263,11 @@ class BagFolder:
             tile_um=tile_um,
             slide_ids=(slide_id,),
         )
+
+    def has_places(self, slide_id: str) -> bool:
+        """Whether the bag says where on the slide its tiles lie, in µm: places on a grid, or none at all, say nothing."""
+        said = self.headers[slide_id].attributes
+        return bool(said.get("mpp") and said.get("tile_level0_px")) and said.get("coords_unit", "px") in ("px", "um")
 
     def _fits(self, header: BagHeader) -> bool:
         return header.slide_id not in self._cache and _size(header) <= self._cache_left

@@ -89,7 +89,7 @@ def read_labels(
     named = table.get("patient", nobody if group == "patient" else table[group])  # the only owner that such a table names
     patients = named.where(named != "", slides.map(composed))
     for column in {"patient", group} & set(table) - {"slide"}:
-        _check_owners_spelling(path, sorted(set(table[column]) - {""}), column)
+        check_owners_spelling(path, sorted(set(table[column]) - {""}), column)
     return pd.DataFrame(
         {
             "slide": slides,
@@ -374,6 +374,8 @@ def _task_of(values: list[str], config: LabelsConfig) -> Task:
         numbers = [_number(value) for value in values]
         if None in numbers:
             raise LabelsError(f"column {target!r}: {values[numbers.index(None)]!r} is not a number, which {kind} needs")
+        if (most := max(abs(float(value)) for value in values)) > 1e30 or most < 1e-30:
+            raise LabelsError(f"column {target!r} goes up to {most:g}, beyond what is computed with; state it in another unit")
         return Task("regression") if kind == "regression" else _proportion([float(value) for value in values], target)
     _check_spelling(values, target)
     if kind == "binary":
@@ -466,7 +468,7 @@ def _check_spelling(classes: list[str], target: str) -> None:
             raise LabelsError(f"column {target!r}: {other!r} and {value!r} look like one class; spell them alike")
 
 
-def _check_owners_spelling(path: str | Path, names: list[str], column: str) -> None:
+def check_owners_spelling(path: str | Path, names: list[str], column: str) -> None:
     """Refuse two patients (or groups) who are one: `Pat1` and `PAT1`, `7` and `007`. Folds would tear them apart."""
     seen: dict[str, str] = {}
     for name in names:

@@ -227,6 +227,16 @@ def _kind_of_classes(table: Any, names: list[str]) -> str:
     return "binary" if len(names) == 2 else "multiclass"
 
 
+def _likeliest(label: str) -> str:
+    if "=" not in label:
+        return label
+    try:
+        facts = facts_of(label)
+    except LabelsError:
+        return label
+    return max(facts, key=facts.__getitem__)
+
+
 def _joined(table: Any, labels: Any, kind: str) -> tuple[Any, dict[str, str]]:
     """The table with every column that is optional filled in, and labels and patients from the labels table."""
     table, notes = table.copy(), {}
@@ -249,7 +259,9 @@ def _joined(table: Any, labels: Any, kind: str) -> tuple[Any, dict[str, str]]:
             raise LabelsError(f"slide {slide} is in the labels table twice, with different entries; keep one")
         by_slide = given.set_index("slide_id")
         if kind not in _NUMBER_OF_KIND and "label" in table:
-            there, here = table["slide_id"].map(by_slide["label"]).map(_plain_label), table["label"].map(_plain_label)
+            there, here = (column.map(_plain_label) for column in (table["slide_id"].map(by_slide["label"]), table["label"]))
+            if kind in ("binary", "multiclass"):  # predictions name the likeliest of classes that are probabilities
+                there = there.map(_likeliest)
             differ = int(((there != here) & (there != "") & (here != "")).sum())
             if differ:
                 notes["labels"] = f"{differ} rows have another label than the labels table, which was used"

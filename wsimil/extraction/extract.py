@@ -49,8 +49,23 @@ class Extraction:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` is the first GPU there is, else the CPU."""
-    if device != "auto":
+    """`auto` is the first GPU there is, else the CPU.
+
+    Raises:
+        UsageError: no such device, or none here.
+    """
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (number and (kind != "cuda" or not number.isdigit())):
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda, cuda:1 (the second GPU) or mps")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) >= n_gpus:
+        raise UsageError(
+            f"--device {device}: torch finds {f'{n_gpus} GPUs, counted from 0' if n_gpus else 'no GPU'} here; take auto or cpu, or "
+            "see to the driver and to a build of torch for it"
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: this is no Mac with a GPU that torch can use; take auto or cpu")
+    if kind != "auto":
         return device
     if torch.cuda.is_available():
         return "cuda"

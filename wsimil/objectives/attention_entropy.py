@@ -42,7 +42,10 @@ class AttentionEntropy(Wrapping):
         bags, output = heard[0] if heard else (batch.bags, None)
         if output is None or output.attention_logits is None:
             named = type(getattr(model, "inner", model)).__name__  # of a wrapper, what is in it
-            raise ConfigError(f"{named} gives no attention_logits; the objective attention_entropy has nothing to spread")
+            raise ConfigError(
+                f"{named} gives no attention_logits, so attention_entropy has nothing to spread; take an aggregator with "
+                "attention, such as gated_abmil, or leave it out"
+            )
         weight = self.weight * (1 + math.cos(math.pi * progress)) / 2
         return losses | {"entropy": -weight * attention_entropy(output.attention_logits, bags)}
 

@@ -62,7 +62,9 @@ class ClamInstances(Wrapping):
         super().__init__(slide_label)
         task = slide_label.task
         if task.kind not in ("binary", "multiclass"):
-            raise ConfigError(f"ClamInstances needs one class for each slide; the task is {task.kind}")
+            raise ConfigError(
+                f"clam_instances needs one class for each slide, and the task is {task.kind}: leave it out of --objective"
+            )
         if loss not in ("cross_entropy", "svm"):
             raise ConfigError(f"loss is {loss!r}; expected cross_entropy or svm")
         self.k, self.share, self.subtyping, self.hidden = k, share, subtyping, hidden
@@ -81,7 +83,7 @@ class ClamInstances(Wrapping):
         several = output.attention_logits is not None and output.attention_logits.shape[1] > 1
         if several and not getattr(model, "attends_per_output", False):
             raise ConfigError(
-                "ClamInstances takes a column of attention for a class, and this model's columns are heads or branches: take a "
+                "clam_instances takes a column of attention for a class, and this model's columns are heads or branches: take a "
                 "model with one attention, or one for each output, such as clam_sb or clam_mb"
             )
         tile_losses = self.tile_losses(output, batch)  # (B,)
@@ -94,12 +96,12 @@ class ClamInstances(Wrapping):
         attention, tiles = output.attention_logits, output.tile_embedding
         if attention is None or tiles is None or attention.shape[1] not in (1, output.logits.shape[1]):
             raise ConfigError(
-                "ClamInstances needs a model with one attention, or one for each output, and tile embeddings, such as clam_sb"
+                "clam_instances needs a model with one attention, or one for each output, and tile embeddings, such as clam_sb"
             )
         if tiles.shape[1] != self.hidden:
             raise ConfigError(
-                f"ClamInstances judges tiles of {self.hidden} numbers (hidden), and this model's embeddings have {tiles.shape[1]}: "
-                f"take a model that embeds tiles, such as clam_sb, or hidden {tiles.shape[1]}"
+                f"clam_instances judges tiles of {self.hidden} numbers (hidden), and this model's embeddings have "
+                f"{tiles.shape[1]}: take a model that embeds tiles, such as clam_sb, or hidden {tiles.shape[1]}"
             )
         per_bag = []
         classes = self.slide_label.task.likeliest(batch.targets).tolist()

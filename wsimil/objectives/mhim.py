@@ -108,8 +108,9 @@ class MaskedHardInstances(Wrapping):
     def _taught(self, bags: BagBatch) -> BagOutput:
         taught = self.teacher.eval()(bags)
         if taught.attention_logits is None or (self.consistency and taught.bag_embedding is None):
+            lacks = "attention" if taught.attention_logits is None else "bag embedding (consistency=0 does without)"
             raise ConfigError(
-                "mhim hides tiles by attention and compares bag embeddings; the aggregator gives none, gated_abmil does"
+                f"mhim hides tiles by attention and compares bag embeddings, and the aggregator gives no {lacks}; gated_abmil does"
             )
         return taught
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pandas as pd
 
 from wsimil.bags.bag import BagHeader
 from wsimil.bags.dataset import BagFolder
-from wsimil.bags.labels import composed, infer_task, match_labels, match_slides, read_labels
+from wsimil.bags.labels import check_owners_spelling, composed, infer_task, match_labels, match_slides, read_labels
 from wsimil.bags.splits import check_splits, make_splits, read_splits
 from wsimil.config import LabelsConfig, SplitConfig
 from wsimil.errors import SplitsError, some_of
@@ -25,8 +26,6 @@ from wsimil.extraction.job import slides_of_job
 from wsimil.files import hash_of
 from wsimil.table import Table
 from wsimil.task import Task
-
-_FEW_ROWS = 4
 
 __all__ = ["Cohort", "check_not_seen", "labels_hash", "prepare_cohort"]
 
@@ -111,6 +110,7 @@ def prepare_cohort(
     for column in ["patient", "group"] if "group" in table else ["patient"]:
         said = given["slide_id"].map(by_slide[column])
         given[column] = said.where(said.notna(), given["patient"])
+        check_owners_spelling(splits, sorted(set(given[column])), column)
     check_splits(given)
     unknown = sorted(set(given["slide_id"]) - set(table["slide_id"]))
     if unknown:
@@ -166,27 +166,26 @@ def _of_one_file(bags: BagFolder, slide_ids: Iterable[str]) -> list[tuple[str, s
 
 
 def _twins(bags: BagFolder, slide_ids: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of bags of the same values. Only bags of equal length are opened, and read whole only if their first rows agree."""
-    alike: dict[tuple, list[str]] = defaultdict(list)
+    """Pairs of bags of the same tiles, in whatever order. Only bags of equal length are read."""
+    of_length: dict[int, list[str]] = defaultdict(list)
     for slide_id in slide_ids:
-        if bags.headers[slide_id].n_tiles:
-            alike[(bags.headers[slide_id].n_tiles,)].append(slide_id)
-    groups = [group for group in alike.values() if len(group) > 1]
-    alike.clear()
-    for slide_id in (slide_id for group in groups for slide_id in group):
-        header = bags.headers[slide_id]
-        start = header.features.read(np.arange(min(_FEW_ROWS, header.n_tiles)))
-        alike[header.n_tiles, _in_half(start).tobytes()].append(slide_id)
-    pairs = [pair for group in alike.values() for pair in combinations(group, 2)]
-    return [(one, other) for one, other in pairs if _same(bags.headers[one], bags.headers[other])]
+        of_length[bags.headers[slide_id].n_tiles].append(slide_id)
+    pairs = []
+    for n_tiles, group in of_length.items():
+        if n_tiles == 0 or len(group) == 1:
+            continue
+        alike: dict[bytes, list[str]] = defaultdict(list)
+        for slide_id in group:
+            alike[_signature(bags.headers[slide_id])].append(slide_id)
+        pairs += [pair for members in alike.values() for pair in combinations(members, 2)]
+    return pairs
 
 
-def _same(one: BagHeader, other: BagHeader) -> bool:
-    return np.array_equal(_in_half(one.features.read()), _in_half(other.features.read()))
-
-
-def _in_half(features: np.ndarray) -> np.ndarray:
-    """In half precision, as one of two copies may be stored, where that holds the numbers."""
+def _signature(header: BagHeader) -> bytes:
+    """Of the features, in half precision where that holds the numbers, as one of two copies may be stored; blind to their order."""
+    features = header.features.read()
     with np.errstate(over="ignore"):
         half = features.astype(np.float16, copy=False)
-    return half if np.isfinite(half).all() else features
+    rows = np.ascontiguousarray(half if np.isfinite(half).all() else features) + 0  # of two zeros one
+    digests = [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
+    return hashlib.blake2b(b"".join(sorted(digests)), digest_size=16).digest()

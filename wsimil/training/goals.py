@@ -11,15 +11,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wsimil.batch import Objective
+import torch
+
+from wsimil.aggregators import make_aggregator
+from wsimil.batch import BagBatch, LabelledBags, Objective, offsets_of
 from wsimil.config import TrainConfig
 from wsimil.errors import ConfigError
 from wsimil.objectives import AttentionEntropy, AveragedWeights, ClamInstances, MaskedHardInstances, SlideLabel
 from wsimil.objectives.samplers import balanced_order, risk_set_order
+from wsimil.objectives.wrapping import listening
 from wsimil.settings import checked_options, nearest
 from wsimil.task import Task, survival_of
 
-__all__ = ["OBJECTIVES", "PREFERRED", "ObjectiveEntry", "build_objective", "objectives_of"]
+__all__ = ["OBJECTIVES", "PREFERRED", "ObjectiveEntry", "build_objective", "objectives_of", "try_together"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,37 @@ def build_objective(config: TrainConfig, task: Task, labels: Sequence[str]) -> O
             mine |= {"order": _order(config, task, labels), "own_sets": config.sampling == "risk_set"}
         given = (entry.make(*given, **mine),)
     return given[0]
+
+
+def try_together(config: TrainConfig, task: Task, labels: Sequence[str]) -> None:
+    """Try a step of the aggregator and the objective asked for, on a few tiles of noise, before anything is done for them.
+
+    Raises:
+        ConfigError: they do not go together, or as `build_objective` and `make_aggregator` do.
+    """
+    labels = labels[:2]
+    place = torch.arange(9 * len(labels))
+    bags = BagBatch(
+        torch.randn(len(place), 16),
+        offsets_of([9] * len(labels)),
+        coords_um=100.0 * torch.stack([place % 3, place // 3], 1).float(),
+        tile_um=torch.full((len(labels),), 100.0),
+        slide_ids=tuple(map(str, range(len(labels)))),
+    )
+    with torch.random.fork_rng(devices=[]):
+        options = config.options_of("aggregator_options")
+        model = make_aggregator(config.aggregator, 16, task.n_outputs, hidden=config.hidden, dropout=config.dropout, **options)
+        objective = build_objective(config, task, labels)
+        objective.prepare(model.train())
+        try:
+            with listening(model) as heard:
+                objective.losses(model, LabelledBags(bags, task.encode(labels)), 0.0)
+        except ConfigError as error:
+            raise ConfigError(f"--objective {config.objective} with --aggregator {config.aggregator}: {error}") from None
+    if "extra_weight" in config.options_of("objective_options") and not heard[0][1].extra_logits:
+        raise ConfigError(
+            f"extra_weight is of further outputs that are learned from, and {config.aggregator} has none; leave it out"
+        )
 
 
 def _order(config: TrainConfig, task: Task, labels: Sequence[str]) -> Callable[[int], Iterable[int]] | None:

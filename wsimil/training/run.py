@@ -22,8 +22,9 @@ from wsimil.errors import UsageError, some_of
 from wsimil.extraction.extract import resolve_device
 from wsimil.files import hash_of, read_json, sweep_temporary_files, write_text
 from wsimil.settings import save_settings
+from wsimil.task import facts_of
 from wsimil.training.cohort import Cohort, check_not_seen, labels_hash, prepare_cohort
-from wsimil.training.goals import build_objective
+from wsimil.training.goals import build_objective, try_together
 from wsimil.training.items import TileStore, free_bytes
 from wsimil.training.loop import Fitted, fit
 from wsimil.training.model import build_aggregator, differences, recipe
@@ -70,6 +71,12 @@ def train(
     cohort = prepare_cohort(bag_folder, labels, splits=splits, labels_config=settings.labels, split_config=settings.split)
     if ignored := _made_already(settings) if splits else []:
         say(f"{', '.join(ignored)}: without effect, the folds are those of {splits}")
+    elif settings.split.test and settings.split.folds != SplitConfig().folds:
+        say(f"--folds: without effect, column {settings.split.test} makes one fold")
+    if not config.soup and (
+        idle := [key for key in ("soup_epochs", "soup_kept") if getattr(config, key) != getattr(TrainConfig, key)]
+    ):
+        say(f"{', '.join(idle)}: without effect, soup is 0")
     say(cohort.task.describe(cohort.labels["label"].tolist()))
     say(cohort.owners())
     for line in cohort.left_out(bag_folder):
@@ -138,6 +145,11 @@ def _one_sided(plans: list[Plan], cohort: Cohort) -> Iterator[str]:
     text = dict(zip(cohort.labels["slide_id"].tolist(), cohort.labels["label"].tolist(), strict=True))
     for fold, plan in {plan.fold: plan for plan in plans}.items():
         task = plan.task
+        if task.kind == "multilabel":
+            facts = [facts_of(label) for label in plan.labels["train"]]
+            for name in task.classes:
+                if len(values := {one[name] for one in facts if name in one}) == 1:
+                    yield f"fold {fold}: {name} is {values.pop():g} wherever it is known in train: nothing is learned about it"
         if task.kind not in ("binary", "multiclass", "ordinal"):
             continue
         sides = cohort.splits.query("fold == @fold and split == 'test'")["slide_id"]
@@ -197,7 +209,14 @@ def _check(plans: list[Plan], bags: BagFolder, device: str) -> None:
                     f"--devices {n_devices}: loss {plan.task.criterion} compares the slides of a step with each other, "
                     "so no step can be shared; train with --devices 1"
                 )
-        build_aggregator(content_of(plans[0], bags), plans[0].task)
+        model = build_aggregator(content_of(plans[0], bags), plans[0].task)
+        try_together(plans[0].config, plans[0].task, plans[0].labels["train"])
+    learned = sorted({name for plan in plans for members in plan.ids.values() for name in members})
+    if model.needs_coords and (nowhere := [name for name in learned if not bags.has_places(name)]):
+        raise UsageError(
+            f"--aggregator {plans[0].config.aggregator} needs the place of each tile, and {len(nowhere)} bags do not say it in µm "
+            f"(mpp, tile_level0_px): {some_of(nowhere)}; convert them with --slide-mpp, or take another aggregator"
+        )
     if plans[0].config.devices > 1:
         devices_of(device, plans[0].config.devices)
 
