@@ -203,3 +203,17 @@ def test_bags_that_do_not_say_where_tiles_lie_are_named_before_any_work(toy, tmp
     with pytest.raises(UsageError, match=r"--aggregator sm_abmil needs the place of each tile, and 2 bags .*: s03, s10; convert"):
         trained(folder, run, aggregator="sm_abmil")
     assert contents(run) == before
+
+
+def test_one_process_trains_a_model_at_a_time(toy, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    trained(toy, tmp_path, fold="1")
+    before = contents(tmp_path / "fold1-seed0")
+    (tmp_path / "fold0-seed0").mkdir()
+    with open(tmp_path / "fold0-seed0" / "key.txt", "w") as handle:  # as another process holds it
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="fold0-seed0 is being trained by another process; wait for it"):
+            trained(toy, tmp_path)
+        trained(toy, tmp_path, fold="1")  # folds are trained side by side
+    trained(toy, tmp_path)
+    assert contents(tmp_path / "fold1-seed0") == before and (tmp_path / "fold0-seed0" / "model.json").exists()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +23,7 @@ from wsimil.aggregators import Standardized
 from wsimil.bags.splits import splits_hash
 from wsimil.batch import Aggregator
 from wsimil.config import Settings
+from wsimil.errors import UsageError
 from wsimil.evaluation.calibration import calibrate
 from wsimil.files import atomic_path, read_json, sweep_temporary_files, write_json
 from wsimil.settings import save_settings
@@ -31,10 +34,32 @@ from wsimil.training.model import MODEL_FORMAT, build_aggregator
 from wsimil.training.plan import Plan, content_of, slides_of
 from wsimil.training.soup import SOUP, Soup
 
-__all__ = ["SECTIONS", "already_trained", "begin", "finish", "finished"]
+__all__ = ["SECTIONS", "alone", "already_trained", "begin", "finish", "finished"]
 
 SECTIONS = ["filter", "labels", "split", "train"]
 """What a run depends on, and keeps in its config.yaml."""
+
+
+@contextmanager
+def alone(plans: Sequence[Plan]) -> Iterator[None]:
+    """Nobody else trains these models meanwhile, where the file system knows locks.
+
+    Raises:
+        UsageError: another process does.
+    """
+    with ExitStack() as held:
+        for plan in plans:
+            plan.folder.mkdir(parents=True, exist_ok=True)
+            handle = held.enter_context(open(plan.folder / "key.txt", "a"))
+            try:
+                import fcntl
+
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{plan.folder} is being trained by another process; wait for it, or take another --out") from None
+            except (ImportError, OSError):
+                pass
+        yield
 
 
 def begin(plan: Plan, settings: Settings) -> None:

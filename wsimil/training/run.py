@@ -30,7 +30,7 @@ from wsimil.training.loop import Fitted, fit
 from wsimil.training.model import build_aggregator, differences, recipe
 from wsimil.training.plan import Plan, content_of, fresh_model, make_plan, slides_of
 from wsimil.training.ranks import ALONE, Ranks, devices_of, run_ranks
-from wsimil.training.record import SECTIONS, already_trained, begin, finish, finished
+from wsimil.training.record import SECTIONS, alone, already_trained, begin, finish, finished
 from wsimil.training.soup import SOUP, Soup, candidate_settings, mixed
 from wsimil.training.stacked import Member, fit_stacked, unstackable
 
@@ -261,9 +261,9 @@ def _train_stacked(
     if all(found):
         yield from (already_trained(plan, done, cohort) for plan, done in zip(plans, found, strict=True) if done)
         return
-    for plan in plans:
-        begin(plan, settings)
-    with _own_coins(device):
+    with alone(plans), _own_coins(device):
+        for plan in plans:
+            begin(plan, settings)
         models = [fresh_model(plan, store) for plan in plans]
         torch.manual_seed(int(hash_of([[plan.fold, plan.config.seed] for plan in plans])[:8], 16))  # of no label
         members = [
@@ -271,28 +271,30 @@ def _train_stacked(
         ]
         last = out / "stack.ckpt"
         fitted = fit_stacked(members, store, settings.train, device=device, checkpoint=last, key=together)
-    for plan, one in zip(plans, fitted, strict=True):
-        yield finish(plan, store, cohort, one, device)
-    last.unlink(missing_ok=True)
+        lines = [finish(plan, store, cohort, one, device) for plan, one in zip(plans, fitted, strict=True)]
+        last.unlink(missing_ok=True)
+    yield from lines
 
 
 def _train_each(ranks: Ranks, device: str, plans: list[Plan], bags: BagFolder, cohort: Cohort, settings: Settings) -> Iterator[str]:
     """Train, or find trained, one model after the other; a line about each."""
     store = _store(bags, plans, settings.train, device, sharers=ranks.count)
     for plan in plans:
-        if ranks.count == 1:  # of several, the run has seen to it
-            if (done := finished(plan)) is not None:
-                yield already_trained(plan, done, cohort)
-                continue
-            begin(plan, settings)
+        first = ranks.count == 1  # of several, the run has seen to it
+        if first and (done := finished(plan)) is not None:
+            yield already_trained(plan, done, cohort)
+            continue
         soup = None
-        with _own_coins(device):
+        with alone([plan] if first else []), _own_coins(device):
+            if first:
+                begin(plan, settings)
             model = fresh_model(plan, store, ranks)
             if plan.config.soup:
                 soup = _soup(plan, model, store, device, ranks)
                 model.load_state_dict(soup.state)
             fitted = _fit(plan, model, store, device, ranks)
-        yield finish(plan, store, cohort, fitted, device, soup) if ranks.rank == 0 else ""
+            line = finish(plan, store, cohort, fitted, device, soup) if ranks.rank == 0 else ""
+        yield line
 
 
 def _own_coins(device: str) -> AbstractContextManager[None]:
@@ -328,7 +330,9 @@ def _train_shared(plans: list[Plan], bags: BagFolder, cohort: Cohort, settings: 
         if (done := finished(plan)) is not None:
             yield already_trained(plan, done, cohort)
         else:
-            begin(plan, settings)
             waiting.append(plan)
     if waiting:
-        yield from run_ranks(devices_of(device, settings.train.devices), _train_each, waiting, bags, cohort, settings)
+        with alone(waiting):
+            for plan in waiting:
+                begin(plan, settings)
+            yield from run_ranks(devices_of(device, settings.train.devices), _train_each, waiting, bags, cohort, settings)
