@@ -398,7 +398,7 @@ def test_padding_is_marked_and_comes_off_again():
     batch = make_batch(*SIZES)
     dense, mask = pad(batch.features, batch, fill=1e4)
     assert dense.shape == (len(SIZES), max(SIZES), DIM) and mask.sum(1).tolist() == list(SIZES)
-    assert (dense[~mask] == 1e4).all() and torch.equal(unpad(dense, mask), batch.features)
+    assert (dense[~mask] == 1e4).all() and torch.equal(unpad(dense, batch), batch.features)
     assert torch.equal(dense[3, : SIZES[3]], batch.bag(3).features)
     assert torch.autograd.gradcheck(lambda values: pad(values, make_batch(2, 3))[0], torch.randn(5, 2).double().requires_grad_())
 

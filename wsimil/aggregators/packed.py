@@ -154,13 +154,13 @@ def softmax_attention(
 
 def pad(values: Tensor, bags: BagBatch, *, fill: float = 0.0) -> tuple[Tensor, Tensor]:
     """(ΣN, K) → dense (B, largest N, K), and the mask (B, largest N) bool of what is real. Gradients pass."""
-    sizes = bags.sizes
-    place = torch.arange(int(sizes.max()), device=values.device)
-    mask = place < sizes.unsqueeze(1)  # (B, N)
+    mask = torch.arange(max(bags.lengths), device=values.device) < bags.sizes.unsqueeze(1)  # (B, N)
     dense = values.new_full((*mask.shape, values.shape[1]), fill)
     return dense.masked_scatter(mask.unsqueeze(2), values), mask
 
 
-def unpad(dense: Tensor, mask: Tensor) -> Tensor:
-    """(B, N, K) and the mask of `pad` → (ΣN, K)."""
-    return dense[mask]
+def unpad(dense: Tensor, bags: BagBatch) -> Tensor:
+    """(B, largest N, K), as `pad` makes it of these bags → (ΣN, K)."""
+    bag = bags.bag_index
+    place = torch.arange(len(bag), device=bag.device) - bags.offsets[bag]
+    return dense.flatten(0, 1)[bag * dense.shape[1] + place]  # not by the mask: a GPU would be asked how many there are

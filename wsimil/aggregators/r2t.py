@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsimil.aggregators.packed import pad, segment_softmax, segment_sum, softmax_attention, unpad
-from wsimil.batch import Aggregator, BagBatch, BagOutput
+from wsimil.batch import Aggregator, BagBatch, BagOutput, offsets_of
 from wsimil.config import Range
 from wsimil.errors import ConfigError
 
@@ -28,7 +28,7 @@ __all__ = ["R2T"]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of tokens (R, P, H) over P; R-MSA: R regions of P tiles.
+    """Multi-head self-attention of tokens (R, P, H) over P, those that the mask (R, P) says are real; R-MSA: R regions of P tiles.
 
     With `reach`, queries are first joined by those around them (EPEG).
     """
@@ -40,14 +40,13 @@ class Attention(nn.Module):
         self.around = nn.Conv1d(heads, heads, reach, padding=reach // 2, groups=heads, bias=False) if reach else None
         self.out_project, self.dropout = nn.Linear(hidden, hidden), nn.Dropout(dropout)
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = self.in_project(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (R, heads, P, d)
         if self.around is not None:
-            query = query.masked_fill(~mask[:, None, :, None], 0)
+            query = query if mask is None else query.masked_fill(~mask[:, None, :, None], 0)
             along = query.permute(0, 3, 1, 2)  # (R, d, heads, P)
             query = query + self.around(along.flatten(0, 1)).unflatten(0, along.shape[:2]).permute(0, 2, 3, 1)
-        visible = None if bool(mask.all()) else mask[:, None, None, :]
-        read = softmax_attention(query, key, value, visible)
+        read = softmax_attention(query, key, value, None if mask is None else mask[:, None, None, :])
         return self.dropout(self.out_project(read.transpose(1, 2).flatten(2)))
 
 
@@ -59,12 +58,12 @@ class BetweenRegions(nn.Module):
         self.assign = nn.Linear(hidden, representatives, bias=False)  # φ
         self.attend = Attention(hidden, heads, 0, dropout)
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         logits = self.assign(tokens)  # (R, P, k)
-        real = mask.unsqueeze(2)
+        real = tokens.new_ones(1, 1, 1, dtype=torch.bool) if mask is None else mask.unsqueeze(2)
         gather = logits.masked_fill(~real, -torch.inf).softmax(1)
         spoken = (gather.mT @ tokens).transpose(0, 1)  # (k, R, H)
-        heard = self.attend(spoken, mask.new_ones(spoken.shape[:2])).transpose(0, 1)  # (R, k, H)
+        heard = self.attend(spoken, None).transpose(0, 1)  # (R, k, H)
         least = logits.masked_fill(~real, torch.inf).amin(1, keepdim=True)
         most = logits.masked_fill(~real, -torch.inf).amax(1, keepdim=True)
         scatter = (logits - least) / (most - least + 1e-8) * logits.softmax(2)
@@ -132,15 +131,15 @@ class R2T(Aggregator):
         self.classify = nn.Linear(hidden, n_outputs)
 
     def by_region(self, tiles: Tensor, layer: nn.Module) -> Tensor:
-        """layer(tiles of each region (R, P, H), which are real (R, P)), put back in file order: (N, H) → (N, H)."""
+        """layer(tiles of each region (R, P, H), which are real (R, P), None: all), put back in file order: (N, H) → (N, H)."""
         side, region = regions_of(len(tiles), self.regions)
         filled = F.pad(tiles, (0, 0, 0, side * side - len(tiles))) if self.compat else tiles
-        region = region[: len(filled)].to(tiles.device)
-        order, counts = region.argsort(stable=True), region.bincount()
-        offsets = torch.cat([counts.new_zeros(1), counts[counts > 0].cumsum(0)])
+        region = region[: len(filled)]
+        order, counts = region.argsort(stable=True).to(tiles.device), region.bincount().tolist()  # known without asking a GPU
         # tiles come first in every region and what fills it after them, so that each region is a bag
-        dense, mask = pad(filled[order], BagBatch(filled, offsets))
-        back = unpad(layer(dense, mask), mask)
+        regions = BagBatch(filled, offsets_of([count for count in counts if count], tiles.device))
+        dense, mask = pad(filled[order], regions)
+        back = unpad(layer(dense, None if len(set(regions.lengths)) == 1 else mask), regions)
         return torch.empty_like(back).index_copy(0, order, back)[: len(tiles)]
 
     def embed(self, tiles: Tensor) -> Tensor:
