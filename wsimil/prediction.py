@@ -84,11 +84,6 @@ def predict(
     run = _with_twins(run, bag_folder, say)
     if run.filter != NO_FILTER:
         say(f"tiles are filtered as the model's were: {_described(run.filter)}")
-    if config.bag == "patient" and any(trained.model.needs_coords for trained in run.models):
-        raise UsageError(
-            f"--bag patient pools slides, which have no common frame, and {run.models[0].content['aggregator']} needs the position "
-            "of each tile: predict with --bag slide"
-        )
     device = resolve_device(config.device)
     for trained in run.models:
         trained.model.to(device)
@@ -97,6 +92,12 @@ def predict(
     groups = _groups(bag_folder, run, config, say)
     chosen = {name: run.models_for(slide_ids[0]) for name, slide_ids in groups.items()}
     tested = [name for name in groups if any(chosen[name].values())]
+    pooled = [name for name in tested if len(groups[name]) > 1]
+    if pooled and any(trained.model.needs_coords for trained in run.models):
+        raise UsageError(
+            f"--bag patient pools slides ({some_of(pooled)}), which have no common frame, and "
+            f"{run.models[0].content['aggregator']} needs the position of each tile: predict with --bag slide"
+        )
     described = {name: run.describe(groups[name], statuses) for name in tested}  # what is wrong there is said before the work
     _check_filter(bag_folder, [slide_id for name in tested for slide_id in groups[name]])
     make_output_folder(Path(out) / "scores")
@@ -458,9 +459,11 @@ def _predict_one(
 def _outputs(batch: BagBatch, models: list[TrainedModel], device: str) -> list[BagOutput]:
     """What each model says, on the CPU: many models' outputs for a large bag would fill a GPU."""
     batch, outputs = batch.to(device), []
+    for model in models:
+        model.model.to(device)  # in inference mode a move would leave weights that know no gradients, which explaining needs
     with torch.inference_mode():
         for model in models:
-            said = model.model.to(device)(batch, explain=True)
+            said = model.model(batch, explain=True)
             wanted = said.attention_logits, said.tile_logits, said.contributions
             attention, tiles, contributions = (None if part is None else part.cpu() for part in wanted)
             outputs.append(BagOutput(said.logits.cpu(), attention_logits=attention, tile_logits=tiles, contributions=contributions))

@@ -168,6 +168,17 @@ def test_patients_that_only_the_splits_name_are_spelled_alike(cohort, one, other
         fitted(cohort)
 
 
+def test_slides_that_are_patients_of_their_own_may_be_spelled_as_they_are(cohort):
+    for number, name in ((2, "Case_a"), (22, "case_A")):
+        change(cohort, number, slide_id=name)
+        (cohort / "features_toy" / f"s{number:02}.h5").rename(cohort / "features_toy" / f"{name}.h5")
+        for table in ("labels.csv", "splits.csv"):
+            (cohort / table).write_text((cohort / table).read_text().replace(f"s{number:02}", name))
+    (run,) = fitted(cohort)
+    train(cohort, cohort / "labels.csv", cohort / "run", splits=cohort / "run" / "splits.csv", settings=Settings(train=PLAIN))
+    assert load_model(run).content["n_train"] == 14
+
+
 def test_given_splits_that_part_a_patient_of_the_label_table_are_refused(cohort):
     """CLAM's name no patients: the label table does."""
     columns = {side: pd.Series([f"s{number:02}" for number in numbers]) for side, numbers in SIDES.items()}

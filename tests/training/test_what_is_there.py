@@ -212,8 +212,10 @@ def test_one_process_trains_a_model_at_a_time(toy, tmp_path):
     (tmp_path / "fold0-seed0").mkdir()
     with open(tmp_path / "fold0-seed0" / "key.txt", "w") as handle:  # as another process holds it
         fcntl.flock(handle, fcntl.LOCK_EX)
+        tables = {name: (tmp_path / name).read_bytes() for name in ("splits.csv", "labels.csv", "config.yaml")}
         with pytest.raises(UsageError, match="fold0-seed0 is being trained by another process; wait for it"):
-            trained(toy, tmp_path)
+            trained(toy, tmp_path, hidden=16)
+        assert tables == {name: (tmp_path / name).read_bytes() for name in tables}
         trained(toy, tmp_path, fold="1")  # folds are trained side by side
     trained(toy, tmp_path)
     assert contents(tmp_path / "fold1-seed0") == before and (tmp_path / "fold0-seed0" / "model.json").exists()

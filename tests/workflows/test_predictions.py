@@ -586,6 +586,23 @@ def test_pooled_patients_have_no_places(cohort, placed, tmp_path):
     with pytest.raises(UsageError, match=r"--bag patient pools slides.* sm_abmil needs the position .*--bag slide"):
         predict(cohort, placed, tmp_path / "out", config=POOLED, quiet=True)
     assert not (tmp_path / "out").exists()
+    one_each = predict(cohort, placed, tmp_path / "slides", quiet=True).drop_duplicates("patient")["slide_id"].tolist()
+    rows = predict(cohort, placed, tmp_path / "out", config=POOLED, only=one_each, quiet=True)
+    assert (rows["status"] == "done").all() and len(rows) == len(one_each)  # a patient of one slide is that slide
+
+
+def test_models_that_are_moved_still_explain_by_gradients(cohort, tmp_path, monkeypatch):
+    config = TrainConfig(aggregator="transformer", epochs=1, hidden=8, device="cpu", fold="0")
+    run = tmp_path / "run"
+    train(cohort, cohort / "labels.csv", run, settings=Settings(train=config, split=SplitConfig(folds=3)), quiet=True)
+    moved = torch.nn.Module.to
+
+    def copied(module, *args, **options):  # as a move to a GPU and back makes other tensors of the weights
+        return moved(moved(module, torch.float64), torch.float32)
+
+    monkeypatch.setattr(torch.nn.Module, "to", copied)
+    rows = predict(cohort, run, tmp_path / "out", quiet=True)
+    assert (rows.query("fold == '0'")["status"] == "done").all()
 
 
 def test_folds_that_were_never_trained_are_named(cohort, tmp_path):

@@ -261,7 +261,7 @@ def _joined(table: Any, labels: Any, kind: str) -> tuple[Any, dict[str, str]]:
         if kind not in _NUMBER_OF_KIND and "label" in table:
             there, here = (column.map(_plain_label) for column in (table["slide_id"].map(by_slide["label"]), table["label"]))
             if kind in ("binary", "multiclass"):  # predictions name the likeliest of classes that are probabilities
-                there = there.map(_likeliest)
+                there = there.where(there.isin(set(here)), there.map(_likeliest))
             differ = int(((there != here) & (there != "") & (here != "")).sum())
             if differ:
                 notes["labels"] = f"{differ} rows have another label than the labels table, which was used"

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from wsimil.bags.bag import BagHeader
 from wsimil.bags.dataset import BagFolder
 from wsimil.bags.labels import check_owners_spelling, composed, infer_task, match_labels, match_slides, read_labels
 from wsimil.bags.splits import check_splits, make_splits, read_splits
@@ -26,6 +25,8 @@ from wsimil.extraction.job import slides_of_job
 from wsimil.files import hash_of
 from wsimil.table import Table
 from wsimil.task import Task
+
+_FEW_ROWS = 4
 
 __all__ = ["Cohort", "check_not_seen", "labels_hash", "prepare_cohort"]
 
@@ -110,7 +111,8 @@ def prepare_cohort(
     for column in ["patient", "group"] if "group" in table else ["patient"]:
         said = given["slide_id"].map(by_slide[column])
         given[column] = said.where(said.notna(), given["patient"])
-        check_owners_spelling(splits, sorted(set(given[column])), column)
+        itself = given[column] == given["slide_id"].map(by_slide["slide"].map(composed)).fillna(given["slide_id"])
+        check_owners_spelling(splits, sorted(set(given.loc[~itself, column])), column)
     check_splits(given)
     unknown = sorted(set(given["slide_id"]) - set(table["slide_id"]))
     if unknown:
@@ -166,26 +168,43 @@ def _of_one_file(bags: BagFolder, slide_ids: Iterable[str]) -> list[tuple[str, s
 
 
 def _twins(bags: BagFolder, slide_ids: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of bags of the same tiles, in whatever order. Only bags of equal length are read."""
+    """Pairs of bags of the same tiles, in whatever order.
+
+    Read whole are only those of equal length that begin alike, or whose tiles lie in the same places.
+    """
     of_length: dict[int, list[str]] = defaultdict(list)
     for slide_id in slide_ids:
         of_length[bags.headers[slide_id].n_tiles].append(slide_id)
-    pairs = []
+    alike: dict[tuple, list[str]] = defaultdict(list)
     for n_tiles, group in of_length.items():
-        if n_tiles == 0 or len(group) == 1:
-            continue
-        alike: dict[bytes, list[str]] = defaultdict(list)
-        for slide_id in group:
-            alike[_signature(bags.headers[slide_id])].append(slide_id)
-        pairs += [pair for members in alike.values() for pair in combinations(members, 2)]
-    return pairs
+        for slide_id in group if n_tiles and len(group) > 1 else ():
+            header = bags.headers[slide_id]
+            first = header.features.read(np.arange(min(_FEW_ROWS, n_tiles)))
+            alike[n_tiles, "begins", _blind_to_precision(first).tobytes()].append(slide_id)
+            alike[n_tiles, "lies", _blind_to_order(header.coords_level0_px.read())].append(slide_id)
+    found: dict[str, bytes] = {}
+    pairs: set[tuple[str, str]] = set()
+    for group in alike.values():
+        for one, other in combinations(group, 2):
+            for slide_id in (one, other):
+                if slide_id not in found:
+                    found[slide_id] = _blind_to_order(_blind_to_precision(bags.headers[slide_id].features.read()))
+            if found[one] == found[other]:
+                pairs.add((one, other))
+    return sorted(pairs)
 
 
-def _signature(header: BagHeader) -> bytes:
-    """Of the features, in half precision where that holds the numbers, as one of two copies may be stored; blind to their order."""
-    features = header.features.read()
+def _blind_to_precision(features: np.ndarray) -> np.ndarray:
+    """In half precision, as one of two copies may be stored, where that holds the numbers."""
     with np.errstate(over="ignore"):
         half = features.astype(np.float16, copy=False)
-    rows = np.ascontiguousarray(half if np.isfinite(half).all() else features) + 0  # of two zeros one
-    digests = [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
+    if not np.isfinite(half).all():
+        return features + 0
+    bits = half.view(np.uint16).copy()
+    bits[bits == 0x8000] = 0  # of two zeros one
+    return bits
+
+
+def _blind_to_order(rows: np.ndarray) -> bytes:
+    digests = [hashlib.blake2b(row, digest_size=16).digest() for row in np.ascontiguousarray(rows)]
     return hashlib.blake2b(b"".join(sorted(digests)), digest_size=16).digest()

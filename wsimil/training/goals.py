@@ -119,24 +119,28 @@ def build_objective(config: TrainConfig, task: Task, labels: Sequence[str]) -> O
     return given[0]
 
 
-def try_together(config: TrainConfig, task: Task, labels: Sequence[str]) -> None:
+def try_together(config: TrainConfig, task: Task, labels: Sequence[str], *, dim: int | None = None) -> None:
     """Try a step of the aggregator and the objective asked for, on a few tiles of noise, before anything is done for them.
+
+    Args:
+        labels: of training slides.
+        dim: width of the features; one that suits, where it is not known yet.
 
     Raises:
         ConfigError: they do not go together, or as `build_objective` and `make_aggregator` do.
     """
-    labels = labels[:2]
+    labels, options = labels[:2], config.options_of("aggregator_options")
+    dim = dim or max(config.hidden, int(options.get("n_features") or 0))
     place = torch.arange(9 * len(labels))
     bags = BagBatch(
-        torch.randn(len(place), 16),
+        torch.randn(len(place), dim),
         offsets_of([9] * len(labels)),
         coords_um=100.0 * torch.stack([place % 3, place // 3], 1).float(),
         tile_um=torch.full((len(labels),), 100.0),
         slide_ids=tuple(map(str, range(len(labels)))),
     )
     with torch.random.fork_rng(devices=[]):
-        options = config.options_of("aggregator_options")
-        model = make_aggregator(config.aggregator, 16, task.n_outputs, hidden=config.hidden, dropout=config.dropout, **options)
+        model = make_aggregator(config.aggregator, dim, task.n_outputs, hidden=config.hidden, dropout=config.dropout, **options)
         objective = build_objective(config, task, labels)
         objective.prepare(model.train())
         try:

@@ -37,6 +37,9 @@ __all__ = ["EPOCHS", "Fitted", "Loop", "fit", "learning_rate", "read_checkpoint"
 EPOCHS = "epochs"
 """Folder with the weights of every epoch, where they are kept."""
 
+_JUDGED = "bag"
+"""What the validation loss is of; a training that began with another one begins anew."""
+
 
 def resolve_precision(precision: str, device: str) -> str:
     """`auto` is bf16 on a device with instructions for it, fp32 elsewhere: emulated, bf16 is slower than fp32."""
@@ -195,6 +198,7 @@ class Loop(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["wsimil"] = {
             "key": self.key,
+            "judged": _JUDGED,
             "history": self.history,
             "best_state": self.best_state,
             "best_epoch": self.best_epoch,
@@ -303,7 +307,7 @@ def fit(
     epochs = epochs or config.epochs
     last = run / "last.ckpt"
     kept = read_checkpoint(last)["wsimil"] if last.exists() else {}
-    resumed = kept.get("key") == key
+    resumed = kept.get("key") == key and kept.get("judged") == _JUDGED
     if resumed:
         before = Fitted(kept["best_state"], kept["best_epoch"], kept["history"])
         if len(before.history) >= epochs or _has_patience_ended(before.history[-1]["epoch"], before.best_epoch, config):

@@ -102,29 +102,30 @@ def train(
     tables = {out / "splits.csv": (cohort.splits[COLUMNS], splits), out / "labels.csv": (known, labels)}
     for path, (table, given) in tables.items():
         refuse_to_lose(path, table, given)
-    # nothing is refused from here on: what a finished run says of itself stands until then
-    for path, (table, _) in tables.items():
-        write_text(path, table.to_csv(index=False))
-    save_settings(out / "config.yaml", settings, SECTIONS)
-    sweep_temporary_files(out)
-    for line in [*_not_planned(out, plans, cohort), *_one_sided(plans, cohort)]:
-        say(line)
-    if stacked:
-        lines = _train_stacked(out, plans, _store(bag_folder, plans, config, device), cohort, settings, device)
-    elif config.devices > 1:
-        lines = _train_shared(plans, bag_folder, cohort, settings, device)
-    else:
-        lines = _train_each(ALONE, device, plans, bag_folder, cohort, settings)
-    try:
-        for line in lines:
-            if not quiet:
-                say(line)
-    except torch.OutOfMemoryError as error:
-        instead = "--stack off, " if stacked else ""
-        raise UsageError(
-            f"the memory of {device} does not suffice for a step with {config.aggregator} ({str(error).partition('. ')[0]}): "
-            f"{instead}--tiles-per-bag 20000, a narrower --hidden, another --aggregator or --device cpu need less"
-        ) from None
+    with alone(plans):
+        # nothing is refused from here on: what a finished run says of itself stands until then
+        for path, (table, _) in tables.items():
+            write_text(path, table.to_csv(index=False))
+        save_settings(out / "config.yaml", settings, SECTIONS)
+        sweep_temporary_files(out)
+        for line in [*_not_planned(out, plans, cohort), *_one_sided(plans, cohort)]:
+            say(line)
+        if stacked:
+            lines = _train_stacked(out, plans, _store(bag_folder, plans, config, device), cohort, settings, device)
+        elif config.devices > 1:
+            lines = _train_shared(plans, bag_folder, cohort, settings, device)
+        else:
+            lines = _train_each(ALONE, device, plans, bag_folder, cohort, settings)
+        try:
+            for line in lines:
+                if not quiet:
+                    say(line)
+        except torch.OutOfMemoryError as error:
+            instead = "--stack off, " if stacked else ""
+            raise UsageError(
+                f"the memory of {device} does not suffice for a step with {config.aggregator} ({str(error).partition('. ')[0]}): "
+                f"{instead}--tiles-per-bag 20000, a narrower --hidden, another --aggregator or --device cpu need less"
+            ) from None
     return [plan.folder for plan in plans]
 
 
@@ -210,7 +211,7 @@ def _check(plans: list[Plan], bags: BagFolder, device: str) -> None:
                     "so no step can be shared; train with --devices 1"
                 )
         model = build_aggregator(content_of(plans[0], bags), plans[0].task)
-        try_together(plans[0].config, plans[0].task, plans[0].labels["train"])
+        try_together(plans[0].config, plans[0].task, plans[0].labels["train"], dim=bags.dim)
     learned = sorted({name for plan in plans for members in plan.ids.values() for name in members})
     if model.needs_coords and (nowhere := [name for name in learned if not bags.has_places(name)]):
         raise UsageError(
@@ -261,9 +262,9 @@ def _train_stacked(
     if all(found):
         yield from (already_trained(plan, done, cohort) for plan, done in zip(plans, found, strict=True) if done)
         return
-    with alone(plans), _own_coins(device):
-        for plan in plans:
-            begin(plan, settings)
+    for plan in plans:
+        begin(plan, settings)
+    with _own_coins(device):
         models = [fresh_model(plan, store) for plan in plans]
         torch.manual_seed(int(hash_of([[plan.fold, plan.config.seed] for plan in plans])[:8], 16))  # of no label
         members = [
@@ -271,30 +272,28 @@ def _train_stacked(
         ]
         last = out / "stack.ckpt"
         fitted = fit_stacked(members, store, settings.train, device=device, checkpoint=last, key=together)
-        lines = [finish(plan, store, cohort, one, device) for plan, one in zip(plans, fitted, strict=True)]
-        last.unlink(missing_ok=True)
-    yield from lines
+    for plan, one in zip(plans, fitted, strict=True):
+        yield finish(plan, store, cohort, one, device)
+    last.unlink(missing_ok=True)
 
 
 def _train_each(ranks: Ranks, device: str, plans: list[Plan], bags: BagFolder, cohort: Cohort, settings: Settings) -> Iterator[str]:
     """Train, or find trained, one model after the other; a line about each."""
     store = _store(bags, plans, settings.train, device, sharers=ranks.count)
     for plan in plans:
-        first = ranks.count == 1  # of several, the run has seen to it
-        if first and (done := finished(plan)) is not None:
-            yield already_trained(plan, done, cohort)
-            continue
+        if ranks.count == 1:  # of several, the run has seen to it
+            if (done := finished(plan)) is not None:
+                yield already_trained(plan, done, cohort)
+                continue
+            begin(plan, settings)
         soup = None
-        with alone([plan] if first else []), _own_coins(device):
-            if first:
-                begin(plan, settings)
+        with _own_coins(device):
             model = fresh_model(plan, store, ranks)
             if plan.config.soup:
                 soup = _soup(plan, model, store, device, ranks)
                 model.load_state_dict(soup.state)
             fitted = _fit(plan, model, store, device, ranks)
-            line = finish(plan, store, cohort, fitted, device, soup) if ranks.rank == 0 else ""
-        yield line
+        yield finish(plan, store, cohort, fitted, device, soup) if ranks.rank == 0 else ""
 
 
 def _own_coins(device: str) -> AbstractContextManager[None]:
@@ -330,9 +329,7 @@ def _train_shared(plans: list[Plan], bags: BagFolder, cohort: Cohort, settings: 
         if (done := finished(plan)) is not None:
             yield already_trained(plan, done, cohort)
         else:
+            begin(plan, settings)
             waiting.append(plan)
     if waiting:
-        with alone(waiting):
-            for plan in waiting:
-                begin(plan, settings)
-            yield from run_ranks(devices_of(device, settings.train.devices), _train_each, waiting, bags, cohort, settings)
+        yield from run_ranks(devices_of(device, settings.train.devices), _train_each, waiting, bags, cohort, settings)
