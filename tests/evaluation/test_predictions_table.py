@@ -228,6 +228,9 @@ def test_a_labels_table_may_say_times_as_one_text() -> None:
 def test_soft_labels_count_as_their_likeliest_class() -> None:
     labels = pd.DataFrame({"slide_id": list("abcd"), "label": ["normal=0.3;tumour=0.7", "normal", "normal=1", "tumour=0.6"]})
     assert check_predictions(table(), labels=labels).label.tolist() == [1, 0, 0, 1]
+    own = table(label=["tumour", "normal", "normal", "tumour"])  # as predictions write them
+    assert "labels" not in check_predictions(own, labels=labels).notes
+    assert check_predictions(own.assign(label="normal"), labels=labels).notes["labels"].startswith("2 rows have another label")
 
 
 @pytest.mark.parametrize(

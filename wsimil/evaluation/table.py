@@ -155,7 +155,7 @@ def check_predictions(
     if "slide_id" not in predictions:
         raise UsageError(f"predictions have no column slide_id; they have {', '.join(map(str, predictions.columns))}")
     kind, classes = _task(predictions, kind, classes, positive)
-    table, notes = _joined(predictions.reset_index(drop=True), labels, kind)
+    table, notes = _joined(predictions.reset_index(drop=True), labels, kind, classes)
 
     tested = ~table["split"].isin(["train", "val"])
     predicted = tested & (table["status"] == "done")
@@ -227,17 +227,7 @@ def _kind_of_classes(table: Any, names: list[str]) -> str:
     return "binary" if len(names) == 2 else "multiclass"
 
 
-def _likeliest(label: str) -> str:
-    if "=" not in label:
-        return label
-    try:
-        facts = facts_of(label)
-    except LabelsError:
-        return label
-    return max(facts, key=facts.__getitem__)
-
-
-def _joined(table: Any, labels: Any, kind: str) -> tuple[Any, dict[str, str]]:
+def _joined(table: Any, labels: Any, kind: str, classes: tuple[str, ...]) -> tuple[Any, dict[str, str]]:
     """The table with every column that is optional filled in, and labels and patients from the labels table."""
     table, notes = table.copy(), {}
     table["slide_id"] = _text(table["slide_id"])
@@ -261,7 +251,7 @@ def _joined(table: Any, labels: Any, kind: str) -> tuple[Any, dict[str, str]]:
         if kind not in _NUMBER_OF_KIND and "label" in table:
             there, here = (column.map(_plain_label) for column in (table["slide_id"].map(by_slide["label"]), table["label"]))
             if kind in ("binary", "multiclass"):  # predictions name the likeliest of classes that are probabilities
-                there = there.where(there.isin(set(here)), there.map(_likeliest))
+                there = there.map(Task("multiclass", classes).hard_label)
             differ = int(((there != here) & (there != "") & (here != "")).sum())
             if differ:
                 notes["labels"] = f"{differ} rows have another label than the labels table, which was used"
