@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from wsimil.errors import UsageError
 
@@ -30,6 +30,7 @@ __all__ = [
     "fingerprint",
     "folder_lock",
     "hash_of",
+    "locked",
     "machine",
     "mark_output",
     "process_start",
@@ -181,13 +182,21 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """One process at a time in here, where the file system knows locks; where it does not, nobody waits."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as handle:
-        try:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
+        locked(handle)
         yield
+
+
+def locked(handle: IO, *, wait: bool = True) -> bool:
+    """Whether the lock of an open file is ours until it is closed; where there are no locks, it is everybody's."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def _sync(path: Path) -> None:

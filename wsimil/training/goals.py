@@ -131,15 +131,15 @@ def try_together(config: TrainConfig, task: Task, labels: Sequence[str], *, dim:
     """
     labels, options = labels[:2], config.options_of("aggregator_options")
     dim = dim or max(config.hidden, int(options.get("n_features") or 0))
-    place = torch.arange(9 * len(labels))
-    bags = BagBatch(
-        torch.randn(len(place), dim),
-        offsets_of([9] * len(labels)),
-        coords_um=100.0 * torch.stack([place % 3, place // 3], 1).float(),
-        tile_um=torch.full((len(labels),), 100.0),
-        slide_ids=tuple(map(str, range(len(labels)))),
-    )
     with torch.random.fork_rng(devices=[]):
+        place = torch.arange(9 * len(labels))
+        bags = BagBatch(
+            torch.randn(len(place), dim),
+            offsets_of([9] * len(labels)),
+            coords_um=100.0 * torch.stack([place % 3, place // 3], 1).float(),
+            tile_um=torch.full((len(labels),), 100.0),
+            slide_ids=tuple(map(str, range(len(labels)))),
+        )
         model = make_aggregator(config.aggregator, dim, task.n_outputs, hidden=config.hidden, dropout=config.dropout, **options)
         objective = build_objective(config, task, labels)
         objective.prepare(model.train())

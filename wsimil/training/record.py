@@ -25,7 +25,7 @@ from wsimil.batch import Aggregator
 from wsimil.config import Settings
 from wsimil.errors import UsageError
 from wsimil.evaluation.calibration import calibrate
-from wsimil.files import atomic_path, read_json, sweep_temporary_files, write_json
+from wsimil.files import atomic_path, locked, read_json, sweep_temporary_files, write_json
 from wsimil.settings import save_settings
 from wsimil.training.cohort import Cohort, labels_hash
 from wsimil.training.items import LabelledSlides, TileStore
@@ -50,15 +50,8 @@ def alone(plans: Sequence[Plan]) -> Iterator[None]:
     with ExitStack() as held:
         for plan in plans:
             plan.folder.mkdir(parents=True, exist_ok=True)
-            handle = held.enter_context(open(plan.folder / "key.txt", "a"))
-            try:
-                import fcntl
-
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"{plan.folder} is being trained by another process; wait for it, or take another --out") from None
-            except (ImportError, OSError):
-                pass
+            if not locked(held.enter_context(open(plan.folder / "key.txt", "a")), wait=False):
+                raise UsageError(f"{plan.folder} is being trained by another process; wait for it, or take another --out")
         yield
 
 
