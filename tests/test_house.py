@@ -15,7 +15,7 @@ import wsimil.errors
 
 PACKAGE = Path(wsimil.errors.__file__).parent
 
-GROUND = {"units", "errors", "config", "settings", "batch", "task", "losses", "files", "hdf5", "table"}
+GROUND = {"units", "errors", "config", "settings", "batch", "task", "losses", "files", "hdf5", "memory", "table"}
 PARTS = {"slides", "encoders", "bags", "aggregators", "evaluation"}
 OBJECTIVES = {"objectives"}
 WORKFLOWS = {
@@ -33,11 +33,13 @@ DOORS = {
     "h5py": {"hdf5"},
     "timm": {"encoders"},
     "lightning": {"training", "pretraining"},
+    "numba": {"aggregators"},
+    "llvmlite": {"aggregators"},
     "pytorch_lightning": {"training", "pretraining"},
 }
 """Library → the units of wsimil that may import it."""
 
-HEAVY = ("torch", "timm", "lightning", "pandas", "matplotlib")
+HEAVY = ("torch", "timm", "lightning", "pandas", "matplotlib", "numba")
 """What `wsimil --help` must not wait for."""
 
 

@@ -132,8 +132,8 @@ def offsets_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Te
     return offsets
 
 
-def pack(bags: Sequence[BagBatch]) -> BagBatch:
-    """Join batches one after the other. Coordinates travel only if every bag has them."""
+def pack(bags: Sequence[BagBatch], *, join: Callable[[list[Tensor]], Tensor] = torch.cat) -> BagBatch:
+    """Join batches one after the other, the features with `join`. Coordinates travel only if every bag has them."""
     if not bags:
         raise AggregatorInputError("no bag to pack")
     widths = {bag.features.shape[1] for bag in bags}
@@ -142,7 +142,7 @@ def pack(bags: Sequence[BagBatch]) -> BagBatch:
     coords_um = [bag.coords_um for bag in bags if bag.coords_um is not None]
     tile_um = [bag.tile_um for bag in bags if bag.tile_um is not None]
     return BagBatch(
-        features=torch.cat([bag.features for bag in bags]),
+        features=join([bag.features for bag in bags]),
         offsets=offsets_of([length for bag in bags for length in bag.lengths], bags[0].offsets.device),
         coords_um=torch.cat(coords_um) if len(coords_um) == len(bags) else None,
         tile_um=torch.cat(tile_um) if len(tile_um) == len(bags) else None,
@@ -185,6 +185,7 @@ class Aggregator(nn.Module):
         first_layer: name of the one `FirstLayer` that reads the features, if there is one: a shift and scale of the features can
             then be folded into it.
         attends_per_output: whether column c of `attention_logits` is the attention of output c.
+        shares_rows: whether nearly all of its work on a CPU is shared out among threads row by row (`aggregators.fused`).
     """
 
     dim: int
@@ -193,6 +194,7 @@ class Aggregator(nn.Module):
     contribution_kind: str | None = None
     first_layer: str | None = None
     attends_per_output: bool = False
+    shares_rows: bool = False
 
     def forward(self, bags: BagBatch, *, explain: bool = False) -> BagOutput:
         raise NotImplementedError  # abstract: every aggregator states its own forward

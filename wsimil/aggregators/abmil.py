@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wsimil.aggregators import fused
 from wsimil.aggregators.explain import leave_one_out
 from wsimil.aggregators.first_layer import FirstLayer
 from wsimil.aggregators.packed import in_pieces, segment_softmax, segment_weighted_sum
@@ -37,8 +38,11 @@ class AttentionScore(nn.Module):
         return self.score(features)  # (ΣN, K)
 
 
-def attended(project: nn.Module, attend: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings project(h) (ΣN, H) and their scores (ΣN, K), piece by piece."""
+def attended(project: nn.Sequential, attend: AttentionScore, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings project(h) (ΣN, H) and their scores (ΣN, K), piece by piece; project is Linear, ReLU, Dropout."""
+    found = _attended_at_once(project, attend, features)
+    if found is not None:
+        return found
 
     def of_piece(piece: Tensor) -> tuple[Tensor, Tensor]:
         tiles = project(piece)
@@ -46,6 +50,35 @@ def attended(project: nn.Module, attend: nn.Module, features: Tensor) -> tuple[T
 
     tiles, scores = in_pieces(of_piece, features)
     return tiles, scores
+
+
+def _attended_at_once(project: nn.Sequential, attend: AttentionScore, features: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The same by `fused`, where it applies: to these layers as they come, to nobody's in their place."""
+    gates = [attend.feature] if attend.gate is None else [attend.feature, attend.gate]
+    linear, relu, dropout = project
+    layers = [linear, relu, *gates, attend.score]
+    kinds = [FirstLayer, nn.ReLU, *(nn.Linear for _ in gates), nn.Linear]
+    drops = [dropout, attend.dropout]
+    if [type(layer).forward for layer in layers] != [kind.forward for kind in kinds] or not all(
+        isinstance(layer, nn.Dropout) for layer in drops
+    ):
+        return None  # somebody put another layer in
+    assert isinstance(linear, FirstLayer)
+    weights = [part for layer in (linear, *gates, attend.score) for part in (layer.weight, layer.bias)]
+    if features.requires_grad or not fused.applies(features, *weights):
+        return None
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (project, attend, *drops, *layers)):
+        return None  # they are to see what passes
+    biases = tuple(gate.bias for gate in gates if gate.bias is not None)
+    return fused.embed_and_score(
+        features,
+        linear.centre,
+        (linear.weight, linear.bias),
+        (torch.cat(tuple(gate.weight for gate in gates)), torch.cat(biases) if biases else None),
+        (attend.score.weight, attend.score.bias),
+        gated=attend.gate is not None,
+        drop=tuple(layer.p if layer.training else 0.0 for layer in drops),  # type: ignore[arg-type]
+    )
 
 
 class ABMIL(Aggregator):
@@ -68,6 +101,7 @@ class ABMIL(Aggregator):
     """
 
     first_layer = "project.0"
+    shares_rows = True
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class ACMIL(Aggregator):
 
     contribution_kind = "exact"
     first_layer = "project.0"
+    shares_rows = True
 
     def __init__(
         self,

@@ -37,6 +37,7 @@ class CLAM(Aggregator):
 
     contribution_kind = "exact"
     first_layer = "project.0"
+    shares_rows = True
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from wsimil.aggregators import fused
 from wsimil.batch import BagBatch
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
 
 _ROWS_OF_A_THREAD = 1024
 _RECOMPUTED_FROM = 65_536
+_FEW = 8
+"""Columns; for more of them a matrix product is faster."""
 
 
 _AS_IT_IS = nullcontext()
@@ -98,7 +101,10 @@ def segment_mean(values: Tensor, bags: BagBatch) -> Tensor:
 
 def segment_weighted_sum(weights: Tensor, values: Tensor, bags: BagBatch) -> Tensor:
     """weights (ΣN, K), values (ΣN, H) → (B, K, H): Σ_i w_ik v_i, without a tensor of ΣN × K × H."""
-    weights, values = _wide(weights), _wide(values)
+    weights = _wide(weights)
+    if weights.shape[1] <= _FEW and fused.applies(values, weights):
+        return fused.weighted_sum(weights, values, bags.bounds)
+    values = _wide(values)
     with torch.autocast(weights.device.type, enabled=False):
         # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole
         sizes = bags.lengths

@@ -30,7 +30,7 @@ class Standardized(Aggregator):
         self.inner = inner
         self.dim, self.n_outputs = inner.dim, inner.n_outputs
         self.needs_coords, self.contribution_kind = inner.needs_coords, inner.contribution_kind
-        self.attends_per_output = inner.attends_per_output
+        self.attends_per_output, self.shares_rows = inner.attends_per_output, inner.shares_rows
         self.register_buffer("mean", torch.zeros(inner.dim) if mean is None else mean)
         self.register_buffer("deviation", torch.ones(inner.dim) if deviation is None else deviation)
 

@@ -11,12 +11,8 @@ from torch import Tensor, nn
 __all__ = ["ByteDropout", "quicken_dropout"]
 
 
-class ByteDropout(nn.Module):
+class ByteDropout(nn.Dropout):
     """Zeroes values with chance round(256 p) / 256 in training, from torch's own CPU generator."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
 
     def forward(self, values: Tensor) -> Tensor:
         dropped = round(256 * self.p)

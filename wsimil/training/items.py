@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wsimil.aggregators.fused import joined
 from wsimil.bags.dataset import BagFolder
 from wsimil.batch import BagBatch, LabelledBags, offsets_of, pack
-from wsimil.training.memory import ReusedMemory
+from wsimil.memory import ReusedMemory
 from wsimil.training.ranks import ALONE, Ranks
 from wsimil.training.read_ahead import read_ahead
 
@@ -191,7 +192,7 @@ class LabelledSlides:
             groups[-1].append(place)
             room -= len(bag.features)
         chosen = [[indices[place] for place in group] for group in groups]
-        packed = [bags[group[0]] if len(group) == 1 else pack([bags[place] for place in group]) for group in groups]
+        packed = [bags[group[0]] if len(group) == 1 else pack([bags[place] for place in group], join=joined) for group in groups]
         return tuple(
             LabelledBags(bag, self.targets[rows], None if self.weights is None else self.weights[rows])
             for bag, rows in zip(packed, chosen, strict=True)

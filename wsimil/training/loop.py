@@ -13,7 +13,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wsimil.aggregators.fused import sharing_rows
 from wsimil.batch import LabelledBags, Objective
 from wsimil.config import TrainConfig
 from wsimil.errors import UsageError
@@ -277,7 +278,8 @@ def fit(
     Raises:
         UsageError: a `last.ckpt` that cannot be read.
     """
-    limit = piece_tiles(device) if objective.per_bag else None
+    shares_rows = device == "cpu" and getattr(model, "shares_rows", False)
+    limit = piece_tiles(device) * (4 if shares_rows else 1) if objective.per_bag else None  # what it keeps of a tile is little
     steps = Steps(
         train,
         bags_per_step=config.bags_per_step,
@@ -315,7 +317,7 @@ def fit(
         steps.set_epoch(len(before.history))  # Lightning draws the first step before it tells the loader which epoch it is
     elif loop.keep is not None:
         shutil.rmtree(loop.keep, ignore_errors=True)  # epochs of another training
-    with _quiet_lightning():
+    with _quiet_lightning(), sharing_rows() if shares_rows else nullcontext():
         trainer = lightning.Trainer(
             max_epochs=epochs,
             accelerator=device.split(":")[0],

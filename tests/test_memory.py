@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from wsimil.training.memory import ReusedMemory
+from wsimil.memory import ReusedMemory
 
 
 def address(array: np.ndarray) -> int:
@@ -46,5 +47,26 @@ def test_what_is_too_small_makes_room():
     for size in range(1, 200):
         allocate((size,), np.float32)[:] = size
         gc.collect()
-    assert len(allocate._free) == 1
+    assert len(allocate._free) + len(allocate._returned) == 1
     assert allocate((0, 4), np.float32).shape == (0, 4)
+
+
+def test_large_blocks_are_not_kept():
+    allocate = ReusedMemory(most=1000)
+    large, small = allocate((1001,), np.uint8), allocate((1000,), np.uint8)
+    del large, small
+    gc.collect()
+    assert sum(map(len, [*allocate._free, *allocate._returned])) == 1000
+
+
+def test_threads_may_share_one():
+    allocate = ReusedMemory()
+
+    def take(number: int) -> bool:
+        kept = [allocate((size,), np.int32) for size in range(1, 40)]
+        for array in kept:
+            array[:] = number
+        return all((array == number).all() for array in kept)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(take, range(200)))
