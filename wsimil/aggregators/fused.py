@@ -54,8 +54,10 @@ def _kernels() -> ModuleType | None:
 
 
 def applies(tiles: Tensor, *weights: Tensor | None) -> bool:
-    """Whether the functions of this module take these: rows on the CPU, float32 weights, no transform of torch.func around them."""
+    """Whether the functions of this module take these: rows on the CPU, float32 weights, nobody who records or transforms steps."""
     if tiles.device.type != "cpu" or len(tiles) < _FROM or tiles.dtype not in _STORED or not tiles.is_contiguous():
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
     if any(weight is not None and weight.dtype != torch.float32 for weight in weights) or _dtype() is None:
         return False
@@ -138,8 +140,8 @@ def sharing_rows() -> Iterator[None]:
 
 
 def _forget() -> None:
-    global _workers
-    _workers = None
+    global _workers, _one_at_a_time
+    _workers, _one_at_a_time = None, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -351,7 +353,7 @@ def _product(left: Tensor, right: Tensor, bias: Tensor | None, found: Tensor) ->
 
 
 def weighted_sum(weights: Tensor, values: Tensor, bounds: Sequence[int]) -> Tensor:
-    """weights (ΣN, K) float32, values (ΣN, H), `bounds` of B bags → (B, K, H) float32: Σ_i w_ik v_i."""
+    """weights (ΣN, K) float32, values (ΣN, H) float32 or bfloat16, `bounds` of B bags → (B, K, H) float32: Σ_i w_ik v_i."""
     return _WeightedSum.apply(weights, values, tuple(bounds))  # type: ignore[return-value]
 
 

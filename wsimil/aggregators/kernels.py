@@ -95,7 +95,7 @@ def _(value, like):
             return u16(u32((u32(bits + up) if u32(bits & u32(0x7FFFFFFF)) <= u32(0x7F800000) else quiet) >> u32(16)))
 
         return rounded
-    return lambda value, like: f32(value)
+    return (lambda value, like: f32(value)) if like == types.float32 else None  # nothing here writes float16
 
 
 @numba.njit(inline="always", **_OPTIONS)

@@ -102,7 +102,7 @@ def segment_mean(values: Tensor, bags: BagBatch) -> Tensor:
 def segment_weighted_sum(weights: Tensor, values: Tensor, bags: BagBatch) -> Tensor:
     """weights (ΣN, K), values (ΣN, H) → (B, K, H): Σ_i w_ik v_i, without a tensor of ΣN × K × H."""
     weights = _wide(weights)
-    if weights.shape[1] <= _FEW and fused.applies(values, weights):
+    if weights.shape[1] <= _FEW and values.dtype != torch.float16 and fused.applies(values, weights):
         return fused.weighted_sum(weights, values, bags.bounds)
     values = _wide(values)
     with torch.autocast(weights.device.type, enabled=False):
