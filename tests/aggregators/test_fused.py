@@ -338,6 +338,7 @@ def test_weights_under_a_transform_of_torch_go_the_other_way():
     torch.testing.assert_close(found[0], network(batch).logits)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_who_records_the_steps_sees_them():
     network = model("gated_abmil").inner.eval().requires_grad_(False)
 
