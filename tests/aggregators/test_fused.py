@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wsimil.aggregators import Standardized, fused, make_aggregator
+from wsimil.aggregators import Standardized, fused, kernels, make_aggregator
 from wsimil.aggregators.packed import segment_softmax, segment_weighted_sum
 from wsimil.batch import BagBatch, BagOutput, offsets_of
 from wsimil.training.dropout import quicken_dropout
@@ -174,7 +174,6 @@ def test_all_dropped_is_zero():
 
 
 def test_every_half_precision_number_is_read_and_rounded_as_torch_does():
-    kernels = pytest.importorskip("wsimil.aggregators.kernels")
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)[:, None]
     for stored in (every, every.view(torch.bfloat16), every.float()):
         for mean in (0.0, 0.3):
@@ -187,7 +186,6 @@ def test_every_half_precision_number_is_read_and_rounded_as_torch_does():
 
 
 def test_halves_are_read_the_same_where_the_processor_does_not_know_them():
-    kernels = pytest.importorskip("wsimil.aggregators.kernels")
     bits = np.arange(65536).astype(np.uint16)
     found = np.array([kernels.half_by_hand(bit) for bit in bits.view(np.int16)])
     np.testing.assert_array_equal(found, bits.view(np.float16).astype(np.float32))

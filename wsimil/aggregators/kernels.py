@@ -39,7 +39,7 @@ f32, u16, u32, i32 = np.float32, np.uint16, np.uint32, np.int32
 def _compiled(function):
     try:
         return numba.njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # nowhere to keep it: a second's work in every process
+    except RuntimeError:  # nowhere to keep it: some seconds' work in every process
         return numba.njit(**_OPTIONS)(function)
 
 
@@ -184,6 +184,35 @@ def rectify_back(gradient, more, tiles, bias):
             bias[j] += value
 
 
+@numba.njit(inline="always", **_OPTIONS)
+def _score(row, weight, scores, i):
+    """weight (K, L) · row (L,) is added to row i of scores (N, K)."""
+    for k in range(weight.shape[0]):
+        score = f32(0.0)
+        for j in range(weight.shape[1]):
+            score += row[j] * weight[k, j]
+        scores[i, k] += score
+
+
+@numba.njit(inline="always", **_OPTIONS)
+def _owe(gradient, i, weight, row):
+    """What row i of the scores' gradient (N, K) owes to each number before `weight` (K, L) → row (L,)."""
+    row[:] = f32(0.0)
+    for k in range(weight.shape[0]):
+        owed = gradient[i, k]
+        for j in range(weight.shape[1]):
+            row[j] += owed * weight[k, j]
+
+
+@numba.njit(inline="always", **_OPTIONS)
+def _charge(gradient, i, row, of_weight):
+    """What row i of the scores' gradient (N, K) owes to the weight that met row (L,) is added to of_weight (K, L)."""
+    for k in range(of_weight.shape[0]):
+        owed = gradient[i, k]
+        for j in range(of_weight.shape[1]):
+            of_weight[k, j] += owed * row[j]
+
+
 @_compiled
 def gate(before, weight, scores, first, limit, scale, seed):
     """before (N, 2L) → tanh of the first half and sigmoid of the second, in place, and scores (N, K) += weight (K, L) · product.
@@ -207,11 +236,7 @@ def gate(before, weight, scores, first, limit, scale, seed):
                 coins = _coin(u32(place + u32(j)), seed)
                 stays = (u32(coins & u32(0xFFFF)) >= limit) & (u32(coins >> u32(16)) >= limit)
                 row[j] = row[j] * scale * scale if stays else f32(0.0)
-        for k in range(weight.shape[0]):
-            score = f32(0.0)
-            for j in range(half):
-                score += row[j] * weight[k, j]
-            scores[i, k] += score
+        _score(row, weight, scores, i)
 
 
 @_compiled
@@ -224,11 +249,7 @@ def gate_back(after, weight, gradient, first, limit, scale, seed, found, of_weig
     row, kept = np.empty(half, np.float32), np.ones(half, np.float32)
     one, other = f32(1.0), f32(0.0)
     for i in range(after.shape[0]):
-        row[:] = f32(0.0)
-        for k in range(weight.shape[0]):
-            owed = gradient[i, k]
-            for j in range(half):
-                row[j] += owed * weight[k, j]
+        _owe(gradient, i, weight, row)
         if limit:
             place = u32(u32(first + i) * u32(half))
             for j in range(half):
@@ -243,10 +264,7 @@ def gate_back(after, weight, gradient, first, limit, scale, seed, found, of_weig
             row[j] = tanh * sigmoid * kept[j]
         for j in range(2 * half):
             of_bias[j] += _wide(found[i, j])
-        for k in range(weight.shape[0]):
-            owed = gradient[i, k]
-            for j in range(half):
-                of_weight[k, j] += owed * row[j]
+        _charge(gradient, i, row, of_weight)
 
 
 @_compiled
@@ -263,11 +281,7 @@ def squash(before, weight, scores, first, limit, scale, seed):
             for j in range(width):
                 stays = u32(_coin(u32(place + u32(j)), seed) >> u32(16)) >= limit
                 row[j] = row[j] * scale if stays else f32(0.0)
-        for k in range(weight.shape[0]):
-            score = f32(0.0)
-            for j in range(width):
-                score += row[j] * weight[k, j]
-            scores[i, k] += score
+        _score(row, weight, scores, i)
 
 
 @_compiled
@@ -278,11 +292,7 @@ def squash_back(after, weight, gradient, first, limit, scale, seed, found, of_we
     one, other = f32(1.0), f32(0.0)
     for i in range(after.shape[0]):
         place = u32(u32(first + i) * u32(width))
-        row[:] = f32(0.0)
-        for k in range(weight.shape[0]):
-            owed = gradient[i, k]
-            for j in range(width):
-                row[j] += owed * weight[k, j]
+        _owe(gradient, i, weight, row)
         if limit:
             for j in range(width):
                 stays = u32(_coin(u32(place + u32(j)), seed) >> u32(16)) >= limit
@@ -294,10 +304,7 @@ def squash_back(after, weight, gradient, first, limit, scale, seed, found, of_we
             row[j] = tanh * kept[j]
         for j in range(width):
             of_bias[j] += _wide(found[i, j])
-        for k in range(weight.shape[0]):
-            owed = gradient[i, k]
-            for j in range(width):
-                of_weight[k, j] += owed * row[j]
+        _charge(gradient, i, row, of_weight)
 
 
 @_compiled
