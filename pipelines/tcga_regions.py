@@ -4,14 +4,15 @@
 
 Bags are the 192-d features that HIPT (Chen 2022) gives for all regions of 4,096 px of a slide. Folds are by patient, or by site:
 then no hospital stands on two sides, which is what a new hospital would see. Beside the aggregators: the mean of the regions with
-logistic regression (for survival: Cox regression, the same ridge), on the same folds. Intervals: bootstrap over patients (AUROC),
-corrected t over folds (concordance).
+logistic regression (for survival: Cox regression, the same ridge), on the same folds. Every repeat has folds and first weights of
+its own. Intervals: bootstrap over patients (AUROC), corrected t over folds (concordance).
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import torch
-from cohorts import command_of, cross_validate, interval, write_bags, write_table
+from cohorts import command_of, cross_validate, interval, per_fold, write_bags, write_table
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -55,34 +56,49 @@ def load(data: Path, name: str, out: Path) -> tuple[Path, pd.DataFrame, dict[str
 
 
 def area(predictions: pd.DataFrame, positive: str) -> str:
-    """Pooled AUROC with its interval over patients."""
-    truth = (predictions["label"] == positive).to_numpy()
-    score, patients = predictions[f"prob_{positive}"].to_numpy(), predictions["patient"].to_numpy()
-    drawn = cluster_bootstrap(lambda weights: auroc(truth, score, weights), patients, n_bootstrap=1000)
-    around = percentile_interval(drawn)
-    return f"{float(auroc(truth, score)):.3f} [{float(around.low):.3f}, {float(around.high):.3f}]"
+    """Pooled AUROC, the mean over repeats, with its interval over patients."""
+    scores = predictions.pivot(index="slide_id", columns="repeat", values=f"prob_{positive}")
+    slides = predictions.drop_duplicates("slide_id").set_index("slide_id").loc[scores.index]
+    truth = (slides["label"] == positive).to_numpy()
+
+    def mean_area(weights: np.ndarray | None = None) -> np.ndarray:
+        return np.mean([auroc(truth, scores[repeat].to_numpy(), weights) for repeat in scores], axis=0)
+
+    around = percentile_interval(cluster_bootstrap(mean_area, slides["patient"].to_numpy(), n_bootstrap=1000))
+    return f"{float(mean_area()):.3f} [{float(around.low):.3f}, {float(around.high):.3f}]"
 
 
-def logistic(run: Path, means: dict[str, np.ndarray], table: pd.DataFrame, positive: str) -> pd.DataFrame:
-    """Mean features and logistic regression on the folds of a run; validation slides are trained on, too."""
+def logistic(runs: list[Path], means: dict[str, np.ndarray], table: pd.DataFrame, positive: str) -> pd.DataFrame:
+    """Mean features and logistic regression on the folds of each run; validation slides are trained on, too."""
     labels = dict(zip(table["slide"], table["label"], strict=True))
     parts = []
-    for _, fold in read_splits(run / "splits.csv").groupby("fold"):
+    for repeat, fold in folds_of(runs):
         test = fold["split"] == "test"
         x, y = (np.stack([means[name] for name in fold.loc[side, "slide_id"]]) for side in (~test, test))
         model = make_pipeline(StandardScaler(), LogisticRegression(C=RIDGE_C, max_iter=2000, class_weight="balanced"))
         model.fit(x, [labels[name] == positive for name in fold.loc[~test, "slide_id"]])
         rows = fold.loc[test, ["slide_id", "patient", "fold"]]
-        parts.append(rows.assign(**{f"prob_{positive}": model.predict_proba(y)[:, 1]}))
+        parts.append(rows.assign(**{f"prob_{positive}": model.predict_proba(y)[:, 1], "repeat": repeat}))
     found = pd.concat(parts, ignore_index=True)
     return found.assign(label=found["slide_id"].map(labels))
 
 
-def cox_regression(run: Path, means: dict[str, np.ndarray], table: pd.DataFrame) -> list[float]:
+def repeats_of(out: Path, count: int) -> list[Path]:
+    """The runs that `cross_validate` has left in `out`."""
+    return [out / f"repeat{repeat}" for repeat in range(count)]
+
+
+def folds_of(runs: list[Path]) -> Iterator[tuple[int, pd.DataFrame]]:
+    """The number of a run, and the rows of its splits that are of one fold."""
+    for number, run in enumerate(runs):
+        yield from ((number, fold) for _, fold in read_splits(run / "splits.csv").groupby("fold"))
+
+
+def cox_regression(runs: list[Path], means: dict[str, np.ndarray], table: pd.DataFrame) -> list[float]:
     """Concordance by fold of a ridge Cox regression on mean features; validation slides are trained on, too."""
     known = table.set_index("slide")
     found = []
-    for _, fold in read_splits(run / "splits.csv").groupby("fold"):
+    for _, fold in folds_of(runs):
         test = fold["split"] == "test"
         names, others = fold.loc[~test, "slide_id"], fold.loc[test, "slide_id"]
         x, new = (np.stack([means[name] for name in side]).astype(float) for side in (names, others))
@@ -110,6 +126,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with tcga_lung_hipt4k.h5 and the other three files")
     parser.add_argument("--out", type=Path, required=True, help="where bags, runs and predictions go")
     parser.add_argument("--tasks", nargs="+", choices=("subtype", "survival"), default=("subtype", "survival"))
+    parser.add_argument("--repeats", type=int, default=5, help="how many times folds are dealt anew (5)")
     parser.add_argument("--table", type=Path, help="where the Markdown goes")
     options = parser.parse_args()
     started, rows = time.monotonic(), []
@@ -127,18 +144,19 @@ def main() -> None:
                     train=replace(TRAIN, aggregator=aggregator),
                 )
                 out = options.out / name / f"{group}-{aggregator}"
-                predictions = cross_validate(bags, labels, out, config)
+                predictions = cross_validate(bags, labels, out, config, repeats=range(options.repeats))
                 row[aggregator] = area(predictions, positive)
-            row[BASELINE] = area(logistic(out / "repeat0", means, table, positive), positive)
+            row[BASELINE] = area(logistic(repeats_of(out, options.repeats), means, table, positive), positive)
             rows.append(row)
             print(rows[-1], flush=True)
         if "survival" not in options.tasks:
             continue
-        rows.append(survival(options.out, cohort, name, bags, whole, means))
+        rows.append(survival(options.out, cohort, name, bags, whole, means, options.repeats))
         print(rows[-1], flush=True)
     notes = (
-        "Subtype: AUROC of the pooled out-of-fold predictions [95 % interval over patients]. Survival: concordance (Harrell), "
-        "mean ± sd over folds [95 % interval after Nadeau and Bengio]. Seed 0."
+        "Subtype: AUROC of the pooled out-of-fold predictions, mean over repeats [95 % interval over patients]. "
+        "Survival: concordance (Harrell), mean ± sd over folds and repeats [95 % interval after Nadeau and Bengio]. "
+        f"Seeds 0 to {options.repeats - 1}."
     )
     write_table(
         options.table,
@@ -151,7 +169,7 @@ def main() -> None:
 
 
 def survival(
-    out: Path, cohort: str, name: str, bags: Path, table: pd.DataFrame, means: dict[str, np.ndarray]
+    out: Path, cohort: str, name: str, bags: Path, table: pd.DataFrame, means: dict[str, np.ndarray], repeats: int
 ) -> dict[str, str]:
     labels = out / name / "survival.csv"
     known = table.dropna(subset=["survival_months", "event"])
@@ -163,11 +181,11 @@ def survival(
             split=SplitConfig(folds=FOLDS),
             train=replace(TRAIN, aggregator=aggregator, loss="cox", bags_per_step=32, stack="off"),
         )
-        predictions = cross_validate(bags, labels, out / name / f"survival-{aggregator}", config)
+        predictions = cross_validate(bags, labels, out / name / f"survival-{aggregator}", config, repeats=range(repeats))
         known_end = predictions.dropna(subset=["time", "event"])
-        values = [float(harrell_c(one["time"], one["event"], one["risk"])) for _, one in known_end.groupby("fold")]
-        row[aggregator] = interval(np.array(values), folds=FOLDS)
-    baseline = cox_regression(out / name / f"survival-{AGGREGATORS[0]}" / "repeat0", means, known)
+        values = per_fold(known_end, lambda one: float(harrell_c(one["time"], one["event"], one["risk"])))
+        row[aggregator] = interval(values, folds=FOLDS)
+    baseline = cox_regression(repeats_of(out / name / f"survival-{AGGREGATORS[0]}", repeats), means, known)
     return row | {BASELINE: interval(np.array(baseline), folds=FOLDS)}
 
 

@@ -40,7 +40,7 @@ from wsimil.files import atomic_path, hash_of, make_output_folder, sweep_tempora
 from wsimil.hdf5 import Dataset, read_attributes, write_hdf5
 from wsimil.progress import progress
 from wsimil.settings import save_settings
-from wsimil.table import Table
+from wsimil.table import Table, require_column
 from wsimil.task import Task, agreed, survival_of
 from wsimil.training import TrainedModel, load_model
 from wsimil.training.cohort import labels_hash
@@ -288,13 +288,19 @@ def _read_run(folder: Path, say: Callable[[str], None]) -> _Run:
                 f"{model.folder.name} learned from other tiles than {models[0].folder.name} (filter {_described(model.filter)}; "
                 f"{_described(models[0].filter)}); train both with one filter, or keep runs in folders of their own"
             )
-    if not (root / "splits.csv").exists() and not (root / "labels.csv").exists():
+    missing = [table for table in ("splits.csv", "labels.csv") if not (root / table).exists()]
+    if len(missing) == 2:
         say(
             f"{root} has no splits.csv and labels.csv: every slide is taken for a new one; "
             "what is said of slides that the model was trained on is no result"
         )
         nobody = pd.DataFrame(columns=["slide_id", "slide", "patient", "label"], dtype=str)
         return _Run(models, pd.DataFrame(columns=COLUMNS), nobody.set_index("slide_id"))
+    if missing:
+        raise UsageError(
+            f"{root / missing[0]}: no such file, and without it the slides that the models learned from are not known; "
+            "copy the whole folder of the run, or train again"
+        )
     splits = read_splits(root / "splits.csv")
     expected = splits_hash(splits)
     for model in models:
@@ -303,7 +309,7 @@ def _read_run(folder: Path, say: Callable[[str], None]) -> _Run:
                 f"{model.folder.name} was trained on other splits than {root / 'splits.csv'}; its test slides cannot be told "
                 f"from its training slides: train it again, or delete {model.folder} if its fold or seed is no longer wanted"
             )
-    labels = pd.read_csv(root / "labels.csv", dtype=str, keep_default_na=False)
+    labels = _read_labels(root / "labels.csv")
     for model in models:
         if model.content.get("labels_hash", "") not in ("", labels_hash(splits, labels, model.fold)):
             raise UsageError(
@@ -311,6 +317,16 @@ def _read_run(folder: Path, say: Callable[[str], None]) -> _Run:
                 f"{model.folder} if its fold or seed is no longer wanted"
             )
     return _Run(models, splits, labels.set_index("slide_id"))
+
+
+def _read_labels(path: Path) -> pd.DataFrame:
+    try:
+        labels = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not a table that can be read ({error}); copy it from the run again, or train again") from error
+    for column in ("slide_id", "slide", "patient", "label"):
+        require_column(path, labels, column, UsageError)
+    return labels
 
 
 def _meaning(task: Task) -> tuple:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -34,8 +35,8 @@ def bags(sizes: list[int] = SIZES, dtype: torch.dtype = torch.float16, seed: int
     return BagBatch(features.to(dtype), offsets_of(sizes))
 
 
-def model(name: str, **options) -> Standardized:
-    torch.manual_seed(3)
+def model(name: str, *, seed: int = 3, **options) -> Standardized:
+    torch.manual_seed(seed)
     inner = make_aggregator(name, DIM, 2, **({"dropout": 0.0} | options))
     return Standardized(inner, torch.full((DIM,), 0.3), torch.linspace(0.8, 1.2, DIM))
 
@@ -87,16 +88,23 @@ def test_it_is_what_torch_computes(name, options, features, step_by_step):
 
 
 @pytest.mark.parametrize(("name", "options"), MODELS, ids=lambda part: str(part))
-def test_in_bfloat16_it_is_no_farther_from_the_truth(name, options, step_by_step):
-    network, batch = model(name, **options), bags()
-    output, gradients = learned(network, batch, bf16=True)
-    assert is_fused(output) and output.tile_embedding.dtype == torch.bfloat16
-    step_by_step()
-    plain, plain_gradients = learned(network, batch, bf16=True)
-    truth, true_gradients = learned(network.double(), bags(dtype=torch.float64))
-    assert distance(output.logits, truth.logits) < 1.5 * distance(plain.logits, truth.logits) + 1e-3
-    for part, gradient in gradients.items():
-        assert distance(gradient, true_gradients[part]) < 1.5 * distance(plain_gradients[part], true_gradients[part]) + 2e-3, part
+def test_in_bfloat16_it_is_no_farther_from_the_truth(name, options, monkeypatch):
+    """Over several models: in one, a rounding here or there decides."""
+    ours, theirs = defaultdict(list), defaultdict(list)  # distances from float64, by part
+    for seed in range(6):
+        network, batch = model(name, seed=seed, **options), bags()
+        output, gradients = learned(network, batch, bf16=True)
+        assert is_fused(output) and output.tile_embedding.dtype == torch.bfloat16
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "_FROM", 1 << 60)
+            plain, plain_gradients = learned(network, batch, bf16=True)
+            truth, true_gradients = learned(network.double(), bags(dtype=torch.float64))
+        assert not is_fused(plain)
+        for found, one in ((ours, gradients | {"logits": output.logits}), (theirs, plain_gradients | {"logits": plain.logits})):
+            for part, true in (true_gradients | {"logits": truth.logits}).items():
+                found[part].append(distance(one[part], true))
+    for part, distances in ours.items():
+        assert np.square(distances).mean() ** 0.5 < 1.3 * np.square(theirs[part]).mean() ** 0.5 + 1e-3, part
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

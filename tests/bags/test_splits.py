@@ -432,6 +432,7 @@ def test_a_folder_of_clam_is_all_its_folds(tmp_path):
     [
         ("splits_0.csv", ",train,val,test\n0,a,a,b\n", "a stands twice in fold 0"),
         ("splits_0.csv", ",train,val,test\n0,a,,b\n", "fold 0 has no val slide"),
+        ("splits_0.csv", ",train,val\n0,a,b\n", "no column 'test'"),
         ("splits_0_bool.csv", ",train,val,test\na,True,False,False\n", "take the file without _bool"),
     ],
 )

@@ -133,7 +133,7 @@ def test_regions_have_rows_by_patient_by_site_and_for_survival(monkeypatch, tmp_
     monkeypatch.setattr(tcga_regions, "AGGREGATORS", ("mean_pool",))
     monkeypatch.setattr(tcga_regions, "FOLDS", 2)
     monkeypatch.setattr(tcga_regions, "TRAIN", replace(tcga_regions.TRAIN, epochs=1, hidden=4, device="cpu"))
-    rows = table_of(monkeypatch, tcga_regions, tmp_path, str(tmp_path))
+    rows = table_of(monkeypatch, tcga_regions, tmp_path, str(tmp_path), "--repeats", "2")
     assert [(row["task"], row["folds by"]) for row in rows] == [
         (f"{cohort} subtype", "patient"),
         (f"{cohort} subtype", "site"),
@@ -153,5 +153,5 @@ def test_cox_regression_on_means_ranks_those_it_was_not_fitted_on(tmp_path):
     sides = [("test", "val", "train", "train")[(number + shift) % 4] for shift in (0, 1) for number in range(120)]
     splits = pd.DataFrame({"fold": np.repeat([0, 1], 120), "slide_id": names * 2, "patient": names * 2, "site": "", "split": sides})
     splits.to_csv(tmp_path / "splits.csv", index=False)
-    found = tcga_regions.cox_regression(tmp_path, means, table)
+    found = tcga_regions.cox_regression([tmp_path], means, table)
     assert len(found) == 2 and min(found) > 0.7

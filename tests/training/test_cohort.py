@@ -186,3 +186,15 @@ def test_sides_that_lack_a_class_and_options_without_effect_are_said(toy, tmp_pa
     assert any(line.startswith("fold 0: every validation slide is neg, so the best epoch") for line in said)
     assert "fold 0: no training slide is rare, which test slides are: no model of this fold knows it" in said
     assert f"--folds, --val-fraction: without effect, the folds are those of {tmp_path / 'splits.csv'}" in said
+
+
+def test_balance_switched_off_where_there_are_no_classes_is_said(toy, tmp_path):
+    table = pd.read_csv(toy / "labels.csv").assign(label=lambda rows: range(len(rows)))
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    remark = "--no-balance: without effect, there are no classes to balance in a task of regression"
+    for balance, expected in ((False, [remark]), (True, [])):
+        said: list[str] = []
+        config = TrainConfig(epochs=1, hidden=8, device="cpu", fold="0", balance=balance)
+        settings = Settings(train=config, labels=LabelsConfig(task="regression"))
+        train(toy, tmp_path / "labels.csv", tmp_path / f"run-{balance}", settings=settings, say=said.append)
+        assert [line for line in said if "balance" in line] == expected

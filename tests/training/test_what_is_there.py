@@ -14,7 +14,7 @@ import torch
 
 from wsimil.cli import main
 from wsimil.config import Settings, SplitConfig, TrainConfig
-from wsimil.errors import UsageError, WsimilError
+from wsimil.errors import BagFormatError, UsageError, WsimilError
 from wsimil.files import atomic_path
 from wsimil.prediction import predict
 from wsimil.training import train
@@ -203,6 +203,30 @@ def test_bags_that_do_not_say_where_tiles_lie_are_named_before_any_work(toy, tmp
     with pytest.raises(UsageError, match=r"--aggregator sm_abmil needs the place of each tile, and 2 bags .*: s03, s10; convert"):
         trained(folder, run, aggregator="sm_abmil")
     assert contents(run) == before
+
+
+def test_a_damaged_bag_takes_no_part_and_a_run_that_had_it_whole_is_kept(toy, tmp_path):
+    folder, run = tmp_path / "job", tmp_path / "run"
+    shutil.copytree(toy, folder)
+    bag = folder / "features_toy" / "s05.h5"
+    whole = bag.read_bytes()
+    bag.write_bytes(whole[: len(whole) // 2])
+    said = trained(folder, run)
+    assert len([line for line in said if line.startswith("s05: its bag cannot be read, so it takes no part: ")]) == 1
+    splits = pd.read_csv(run / "splits.csv")
+    assert splits["slide_id"].nunique() == 23 and "s05" not in set(splits["slide_id"])
+    before = contents(run)
+    trained(folder, run)
+    assert contents(run) == before
+
+    (tmp_path / "whole").mkdir()
+    bag.write_bytes(whole)
+    trained(folder, tmp_path / "whole")
+    before = contents(tmp_path / "whole")
+    bag.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BagFormatError, match=r"s05\.h5.*; .*whole has been trained with it \(s05\): extract again"):
+        trained(folder, tmp_path / "whole")
+    assert contents(tmp_path / "whole") == before
 
 
 def test_one_process_trains_a_model_at_a_time(toy, tmp_path):

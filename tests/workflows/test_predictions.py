@@ -414,6 +414,23 @@ def test_a_damaged_bag_of_a_test_slide_is_a_row_of_its_fold(cohort, tmp_path):
         predict(tmp_path, cohort / "run", tmp_path / "out", quiet=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("splits.csv", None, r"run/splits\.csv: no such file, and without it .* copy the whole folder of the run"),
+        ("labels.csv", None, r"run/labels\.csv: no such file, and without it "),
+        ("labels.csv", b"", r"run/labels\.csv: not a table that can be read"),
+        ("labels.csv", b"\xff\x00", r"run/labels\.csv: not a table that can be read"),
+        ("labels.csv", b"slide_id,slide,patient\n", r"run/labels\.csv: no column 'label'"),
+    ],
+)
+def test_a_run_without_its_tables_is_named_with_the_way_out(cohort, tmp_path, name, content, said):
+    shutil.copytree(cohort / "run", tmp_path / "run")
+    (tmp_path / "run" / name).unlink() if content is None else (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        predict(cohort, tmp_path / "run", tmp_path / "out", quiet=True)
+
+
 @pytest.mark.parametrize("config", [PredictConfig(), POOLED])
 def test_slides_of_the_cohort_under_other_ids_are_predicted_as_those_they_are(cohort, tmp_path, config):
     for number in range(24):

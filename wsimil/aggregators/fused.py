@@ -39,7 +39,7 @@ _FEW = 16_384
 
 _STORED = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
-_memory, _scratch = ReusedMemory(most=64 << 20), ReusedMemory()
+_memory, _scratch = ReusedMemory(most=128 << 20), ReusedMemory()
 
 T = TypeVar("T")
 
@@ -257,9 +257,9 @@ class _EmbedAndScore(torch.autograd.Function):
         (limit, scale), (gate_limit, gate_scale) = _coins(drop[0]), _coins(drop[1])
         (n, dim), hidden, width = features.shape, len(weight), len(attend)
         # what is dropped is zero and the rest larger: so are the weights before a ReLU
-        into = (weight * float(scale)).to(dtype).T
+        into, within = (weight * float(scale)).to(dtype).T, attend.to(dtype).T
         into_bias = None if bias is None else (bias * float(scale)).to(dtype)
-        within, within_bias = attend.to(dtype).T, None if attend_bias is None else attend_bias.to(dtype)
+        within_bias = np.zeros(width, np.float32) if attend_bias is None else _numbers(attend_bias)
         tiles, gates = _fresh((n, hidden), dtype), _fresh((n, width), dtype)
         scores = torch.zeros(n, len(score)) if score_bias is None else score_bias.repeat(n, 1)
         x, h, z, e = map(_numbers, (features, tiles, gates, scores))
@@ -272,10 +272,13 @@ class _EmbedAndScore(torch.autograd.Function):
             for rows in pieces:
                 count = rows.stop - rows.start
                 kernels.centre(x[rows], mean, c[:count])
-                _product(centred[:count], into, into_bias, tiles[rows])
+                if into_bias is None:
+                    torch.mm(centred[:count], into, out=tiles[rows])
+                else:  # it is added within the product: after it, a second rounding would lean to one side
+                    torch.addmm(into_bias, centred[:count], into, out=tiles[rows])
                 kernels.rectify(h[rows], rows.start, limit, seeds[0])
-                _product(tiles[rows], within, within_bias, gates[rows])
-                activate(z[rows], w, e[rows], rows.start, gate_limit, gate_scale, seeds[1])
+                torch.mm(tiles[rows], within, out=gates[rows])
+                activate(z[rows], within_bias, w, e[rows], rows.start, gate_limit, gate_scale, seeds[1])
 
         _share([(0, n)], work)
         ctx.save_for_backward(features, centre, attend, score, tiles, gates)
@@ -340,13 +343,6 @@ class _EmbedAndScore(torch.autograd.Function):
 
 def _longest(pieces: Sequence[slice]) -> int:
     return max(rows.stop - rows.start for rows in pieces)
-
-
-def _product(left: Tensor, right: Tensor, bias: Tensor | None, found: Tensor) -> None:
-    if bias is None:
-        torch.mm(left, right, out=found)
-    else:
-        torch.addmm(bias, left, right, out=found)
 
 
 # the bag

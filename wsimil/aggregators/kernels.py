@@ -214,9 +214,10 @@ def _charge(gradient, i, row, of_weight):
 
 
 @_compiled
-def gate(before, weight, scores, first, limit, scale, seed):
-    """before (N, 2L) → tanh of the first half and sigmoid of the second, in place, and scores (N, K) += weight (K, L) · product.
+def gate(before, bias, weight, scores, first, limit, scale, seed):
+    """before (N, 2L) + bias (2L,) → tanh of the first half and sigmoid of the second, in place.
 
+    Their product · weight (K, L) is added to scores (N, K).
     With a `limit` both halves are dropped, each by coins of their own, for the scores alone; what stays is multiplied by `scale`.
     """
     half = weight.shape[1]
@@ -224,10 +225,10 @@ def gate(before, weight, scores, first, limit, scale, seed):
     for i in range(before.shape[0]):
         left, right = before[i, :half], before[i, half:]
         for j in range(half):
-            row[j] = _tanh(_wide(left[j]))
+            row[j] = _tanh(f32(_wide(left[j]) + bias[j]))
             left[j] = _stored(row[j], left[j])
         for j in range(half):
-            sigmoid = _sigmoid(_wide(right[j]))
+            sigmoid = _sigmoid(f32(_wide(right[j]) + bias[half + j]))
             right[j] = _stored(sigmoid, right[j])
             row[j] *= sigmoid
         if limit:
@@ -268,14 +269,14 @@ def gate_back(after, weight, gradient, first, limit, scale, seed, found, of_weig
 
 
 @_compiled
-def squash(before, weight, scores, first, limit, scale, seed):
-    """`gate` without the gate: before (N, L) → its tanh."""
+def squash(before, bias, weight, scores, first, limit, scale, seed):
+    """`gate` without the gate: before (N, L) + bias (L,) → its tanh."""
     width = weight.shape[1]
     row = np.empty(width, np.float32)
     for i in range(before.shape[0]):
         place = u32(u32(first + i) * u32(width))
         for j in range(width):
-            row[j] = _tanh(_wide(before[i, j]))
+            row[j] = _tanh(f32(_wide(before[i, j]) + bias[j]))
             before[i, j] = _stored(row[j], before[i, j])
         if limit:
             for j in range(width):

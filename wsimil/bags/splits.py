@@ -235,7 +235,7 @@ def read_splits(path: str | Path) -> Table:
             raise SplitsError(f"{path}: no splits_<fold>.csv in it")
         return _checked(path, pd.concat([_clam_fold(file) for file in files], ignore_index=True))
     splits = read_table(path, SplitsError)
-    if {"train", "val", "test"} <= set(splits.columns) and not {"fold", "slide_id"} <= set(splits.columns):
+    if {"train", "val", "test"} & set(splits.columns) and not {"fold", "slide_id"} & set(splits.columns):
         return _checked(path, _clam_fold(path))
     for column in COLUMNS:
         if column != "site":

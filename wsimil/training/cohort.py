@@ -61,11 +61,12 @@ class Cohort:
         reasons = {
             "in the splits without a label; nothing is learned from them": without & dealt,
             "without a label, so in no fold": without - dealt,
-            "labelled, but without usable tiles, so in no fold": with_label - dealt - set(bags.filled),
+            "labelled, but without usable tiles, so in no fold": with_label - dealt - set(bags.filled) - set(bags.damaged),
             "labelled, but not in the splits": (with_label & set(bags.filled)) - dealt,
             "not in the label table": set(bags.slide_ids) - with_label - without,
         }
-        return [f"{some_of(sorted(names))}: {reason}" for reason, names in reasons.items() if names]
+        damaged = [f"{name}: its bag cannot be read, so it takes no part: {reason}" for name, reason in bags.damaged.items()]
+        return damaged + [f"{some_of(sorted(names))}: {reason}" for reason, names in reasons.items() if names]
 
 
 def prepare_cohort(
@@ -78,7 +79,7 @@ def prepare_cohort(
 ) -> Cohort:
     """Match labels to slides, infer the task, read or make the folds.
 
-    A label of a slide that the job knows and that has no bag (it failed) is no error; such a slide is in no fold.
+    A label of a slide that the job knows and that has no bag (it failed), or a damaged one, is no error; the slide is in no fold.
 
     Raises:
         LabelsError, SplitsError: what does not fit, by name.
@@ -92,7 +93,7 @@ def prepare_cohort(
         test=split_config.test,
         named_only=splits is not None,
     )
-    known = {*bags.slide_ids, *slides_of_job(bags)}
+    known = {*bags.slide_ids, *bags.damaged, *slides_of_job(bags)}
     table = match_labels(table, known)
     task = infer_task(table["label"], labels_config)
     usable = table[table["slide_id"].isin(bags.filled) & (table["label"] != "")]

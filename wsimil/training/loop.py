@@ -279,7 +279,7 @@ def fit(
         UsageError: a `last.ckpt` that cannot be read.
     """
     shares_rows = device == "cpu" and getattr(model, "shares_rows", False)
-    limit = piece_tiles(device) * (4 if shares_rows else 1) if objective.per_bag else None  # what it keeps of a tile is little
+    limit = piece_tiles(device) * (8 if shares_rows else 1) if objective.per_bag else None  # what it keeps of a tile is little
     steps = Steps(
         train,
         bags_per_step=config.bags_per_step,

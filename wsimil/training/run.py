@@ -18,10 +18,11 @@ from wsimil.bags.dataset import BagFolder
 from wsimil.bags.filter import NO_FILTER
 from wsimil.bags.splits import COLUMNS, refuse_to_lose, splits_hash
 from wsimil.config import Settings, SplitConfig, TrainConfig
-from wsimil.errors import UsageError, some_of
+from wsimil.errors import BagFormatError, UsageError, some_of
 from wsimil.extraction.extract import resolve_device
 from wsimil.files import hash_of, read_json, sweep_temporary_files, write_text
 from wsimil.settings import save_settings
+from wsimil.table import read_table
 from wsimil.task import facts_of
 from wsimil.training.cohort import Cohort, check_not_seen, labels_hash, prepare_cohort
 from wsimil.training.goals import build_objective, try_together
@@ -65,7 +66,8 @@ def train(
     """
     settings, out = settings or Settings(), Path(out)
     config = settings.train
-    bag_folder = BagFolder(bags, filter=settings.filter, cache_bytes=0)  # the store below keeps what is kept
+    # the store below keeps what is kept
+    bag_folder = BagFolder(bags, filter=settings.filter, cache_bytes=0, leave_damaged=True)
     for remark in bag_folder.remarks:
         say(remark)
     cohort = prepare_cohort(bag_folder, labels, splits=splits, labels_config=settings.labels, split_config=settings.split)
@@ -73,6 +75,8 @@ def train(
         say(f"{', '.join(ignored)}: without effect, the folds are those of {splits}")
     elif settings.split.test and settings.split.folds != SplitConfig().folds:
         say(f"--folds: without effect, column {settings.split.test} makes one fold")
+    if not config.balance and cohort.task.kind not in ("binary", "multiclass", "ordinal", "multilabel"):
+        say(f"--no-balance: without effect, there are no classes to balance in a task of {cohort.task.kind}")
     if not config.soup and (
         idle := [key for key in ("soup_epochs", "soup_kept") if getattr(config, key) != getattr(TrainConfig, key)]
     ):
@@ -98,6 +102,7 @@ def train(
     ]
     stacked = _are_stacked(plans, bag_folder, config, device, say)
     _check(plans, bag_folder, device)
+    _check_none_was_whole(out, bag_folder)
     known = cohort.labels.assign(slide_fingerprint=_fingerprints(bag_folder, cohort))
     tables = {out / "splits.csv": (cohort.splits[COLUMNS], splits), out / "labels.csv": (known, labels)}
     for path, (table, given) in tables.items():
@@ -139,6 +144,21 @@ def _made_already(settings: Settings) -> list[str]:
 def _fingerprints(bags: BagFolder, cohort: Cohort) -> list[str]:
     """Of the slides' content: under another id they are known by it."""
     return [bags.content(name) if name in bags.headers else "" for name in cohort.labels["slide_id"]]
+
+
+def _check_none_was_whole(out: Path, bags: BagFolder) -> None:
+    """Raises BagFormatError if the run there had a bag that is damaged now: its models would be trained again without it."""
+    if not bags.damaged or not (out / "labels.csv").exists():
+        return
+    before = read_table(out / "labels.csv", UsageError)
+    if not {"slide_id", "slide_fingerprint"} <= set(before.columns):
+        return
+    whole = set(before.loc[before["slide_fingerprint"] != "", "slide_id"])
+    if gone := sorted(whole & set(bags.damaged)):
+        raise BagFormatError(
+            f"{bags.damaged[gone[0]]}; {out} has been trained with it ({some_of(gone)}): extract again, or train without it into "
+            "another --out"
+        )
 
 
 def _one_sided(plans: list[Plan], cohort: Cohort) -> Iterator[str]:
