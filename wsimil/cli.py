@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Writing into an open file ends so, and names no file: the folder of the command has to do."""
 
-_BEGIN_ANEW = ("predict", "evaluate", "report", "probe", "search", "split")
+_BEGIN_ANEW = ("evaluate", "report", "probe", "search", "split")
 """Commands that keep no books of what is done."""
 
 

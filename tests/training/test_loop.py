@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,27 @@ def test_a_run_killed_after_its_last_epoch_trains_no_further(toy, tmp_path, monk
     calm = fitted(toy, tmp_path / "run", config)
     again = fitted(toy, tmp_path / "run", config)
     assert again.history == calm.history and again.best_epoch == calm.best_epoch and len(calm.history) < 40
+    assert all(torch.equal(value, again.best_state[name]) for name, value in calm.best_state.items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_killed_run_goes_on_with_the_same_coins_where_rows_are_walked(toy, tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(fused, "_FROM", 1)
+    monkeypatch.setattr("wsimil.training.loop._LastCheckpoint", partial(_LastCheckpoint, every_seconds=0.0))
+    config = TrainConfig(epochs=4, dropout=0.5, select="last", precision=precision)
+    calm = fitted(toy, tmp_path / "calm", config)
+
+    def killed(self, epoch, infer):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    heard = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SlideLabel, "on_epoch_start", killed)
+        fitted(toy, tmp_path / "killed", config)
+    assert signal.getsignal(signal.SIGINT) is heard  # the next Ctrl-C, too
+    again = fitted(toy, tmp_path / "killed", config)
+    assert again.history == calm.history
     assert all(torch.equal(value, again.best_state[name]) for name, value in calm.best_state.items())
 
 

@@ -182,6 +182,15 @@ def test_a_damaged_checkpoint_is_named_and_may_be_deleted(toy, tmp_path, monkeyp
     assert sum("epoch 0 of 1" in line for line in trained(toy, tmp_path, stack=stack)) == 2
 
 
+@pytest.mark.parametrize("stack", ["off", "on"])
+def test_ctrl_c_is_said_as_other_commands_say_it(toy, tmp_path, monkeypatch, capsys, stack):
+    where = "wsimil.training.loop.Loop.training_step" if stack == "off" else "wsimil.training.stacked._Stack.step"
+    command = ["train", str(toy), "--labels", str(toy / "labels.csv"), "--out", str(tmp_path), "--stack", stack, "--device", "cpu"]
+    monkeypatch.setattr(where, interrupt)
+    assert main([*command, "--epochs", "2"]) == 130
+    assert capsys.readouterr().err.endswith("wsimil train: interrupted; the same command goes on where it stopped\n")
+
+
 def test_a_step_that_is_too_large_for_the_memory_is_said_with_ways_out(toy, tmp_path, monkeypatch):
     def too_large(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has …")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -277,6 +278,7 @@ def fit(
 
     Raises:
         UsageError: a `last.ckpt` that cannot be read.
+        KeyboardInterrupt: stopped; the same call goes on.
     """
     shares_rows = device == "cpu" and getattr(model, "shares_rows", False)
     limit = piece_tiles(device) * (8 if shares_rows else 1) if objective.per_bag else None  # what it keeps of a tile is little
@@ -317,7 +319,7 @@ def fit(
         steps.set_epoch(len(before.history))  # Lightning draws the first step before it tells the loader which epoch it is
     elif loop.keep is not None:
         shutil.rmtree(loop.keep, ignore_errors=True)  # epochs of another training
-    with _quiet_lightning(), sharing_rows() if shares_rows else nullcontext():
+    with _quiet_lightning(), _interruptible(), sharing_rows() if shares_rows else nullcontext():
         trainer = lightning.Trainer(
             max_epochs=epochs,
             accelerator=device.split(":")[0],
@@ -338,6 +340,19 @@ def fit(
             weights_only=True,
         )
     return Fitted(loop.best_state, loop.best_epoch, loop.history)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """At Ctrl-C Lightning ends the process without a word, deaf to the next one: here it is KeyboardInterrupt again."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, before)
+        raise error.__context__ from None
 
 
 @contextmanager
