@@ -513,6 +513,25 @@ def test_small_slides_are_no_tiles_where_it_is_said(tmp_path: Path, tiles: Path)
     assert not any("tile images" in line for line in said)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_last_step_is_heard_and_the_run_is_finished(
+    tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    from wsimil.pretraining.process import _Process
+
+    counted = _Process._counted
+
+    def count_and_signal(self):
+        os.kill(os.getpid(), number)
+        return counted(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_Process, "_counted", count_and_signal)
+        pretrain(tiles, tmp_path, settings=settings(), quiet=True)
+    monkeypatch.setattr("wsimil.pretraining.run.launch", lambda *_: pytest.fail("trained again"))
+    assert pretrain(tiles, tmp_path, settings=settings(), quiet=True).step == 8
+
+
 def test_a_later_signal_interrupts_at_once_and_the_same_notice_twice_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     from wsimil.pretraining import process
 

@@ -120,6 +120,7 @@ class Outcome:
     step: int
     exported_step: int  # of the encoder in the folder; 0: none yet
     message: str = ""
+    asked: bool = False  # to stop, be it after the last step
 
 
 def new_loop(fabric: Any, plan: Plan) -> Loop:
@@ -155,7 +156,8 @@ def train(fabric: Any, plan: Plan, say: Callable[[str], None] | None = None) -> 
         plan = replace(plan, quiet=True)
     devices = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _asked_to_stop() as asked:
-        return _Process(fabric, plan, say, asked).run()
+        outcome = _Process(fabric, plan, say, asked).run()
+        return replace(outcome, asked=asked())
 
 
 @contextmanager

@@ -310,6 +310,8 @@ def _ended(plan: Plan, outcome: Outcome, say: Callable[[str], None]) -> Pretrain
         out / "finished.json",
         {"key": _key(plan), "steps": steps, "exported_step": outcome.exported_step, "remark": remark},
     )
+    if outcome.asked:  # when nothing was left to stop here; what would come next is not wanted
+        raise KeyboardInterrupt
     return Pretrained(out, plan.recipe, outcome.exported_step, remark)
 
 
