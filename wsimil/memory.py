@@ -24,7 +24,8 @@ class ReusedMemory:
 
     def __init__(self, *, most: int | None = None) -> None:
         self._free: list[memoryview] = []
-        self._returned: deque[memoryview] = deque()  # may come at any moment, also while the lock is held
+        self._lent: dict[int, tuple[weakref.ref, memoryview]] = {}  # by id of the reference: arrays have no hash
+        self._returned: deque[weakref.ref] = deque()  # may come at any moment, also while the lock is held
         self._lock = threading.Lock()
         self._most = math.inf if most is None else most
 
@@ -36,13 +37,15 @@ class ReusedMemory:
             block = self._taken(n_bytes)
         # over a memoryview: every view of this array, and every tensor, holds the array itself and not what lies below
         array = np.frombuffer(block, np.uint8, n_bytes)
-        weakref.finalize(array, self._returned.append, block).atexit = False
+        # no function of Python's, as `weakref.finalize` is one: Ctrl-C that comes while memory is given back would be lost in it
+        reference = weakref.ref(array, self._returned.append)
+        self._lent[id(reference)] = reference, block
         return array.view(dtype).reshape(shape)
 
     def _taken(self, n_bytes: int) -> memoryview:
         """The smallest free block that is large enough, or a new one in the place of the largest that is not."""
         while self._returned:
-            self._free.append(self._returned.popleft())
+            self._free.append(self._lent.pop(id(self._returned.popleft()))[1])
         self._free.sort(key=len)
         for index, block in enumerate(self._free):
             if len(block) >= n_bytes:
